@@ -1,0 +1,87 @@
+# Everything a developer runs. `make help` lists the targets; each sets up what it needs.
+
+SHELL := /bin/bash
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+
+VENV := .venv
+BIN := $(VENV)/bin
+READY := $(VENV)/.octavo-ready
+MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
+PROTO := proto/octavo/v1/generation.proto
+
+CONFIG ?= configs/smollm2-135m-cpu.yaml
+ARGS ?=
+# Two workers suit two cores; a file stays on one worker, so that its fixtures load once.
+PYTEST_ARGS ?= -n 2 --dist loadfile
+OCTAVO_FUZZ_EXAMPLES ?= 20000
+
+.PHONY: help
+help: ## list the targets
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
+		$(firstword $(MAKEFILE_LIST))
+
+.PHONY: setup
+setup: $(READY) $(MODEL) ## create .venv, install the pinned dependencies, fetch the model
+
+$(READY): pyproject.toml constraints.txt scripts/make_venv.sh
+	@echo "installing octavo and its dependencies into $(VENV)"
+	@scripts/make_venv.sh $(VENV)
+	@touch $@
+
+# Order-only: the model is fetched if it is missing, not when the environment is newer.
+$(MODEL): | $(READY)
+	@$(BIN)/python scripts/fetch_model.py $@
+
+.PHONY: serve
+serve: setup ## start the gRPC server; CONFIG=… and ARGS=… (such as --set server.port=0)
+	@exec $(BIN)/octavo serve --config $(CONFIG) $(ARGS)
+
+.PHONY: test
+test: setup ## run all tests; PYTEST_ARGS=… selects (such as tests/core -x)
+	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: lint
+lint: $(READY) ## ruff: rules and format
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+
+.PHONY: format
+format: $(READY) ## let ruff rewrite what it can
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+.PHONY: types
+types: $(READY) ## pyrefly
+	$(BIN)/pyrefly check
+
+.PHONY: fuzz
+fuzz: $(READY) ## millions of random pool and scheduler operations; OCTAVO_FUZZ_EXAMPLES=…
+	OCTAVO_FUZZ_EXAMPLES=$(OCTAVO_FUZZ_EXAMPLES) \
+		$(BIN)/python -m pytest tests/core/test_stateful.py --timeout 0 $(ARGS)
+
+.PHONY: bench
+bench: setup ## benchmarks/, as docs/benchmarks/ reports them; ARGS=…
+	$(BIN)/python -m benchmarks $(ARGS)
+
+.PHONY: proto
+proto: $(READY) ## regenerate the gRPC stubs in engine/rpc
+	$(BIN)/python -m grpc_tools.protoc -Iengine/rpc=proto \
+		--python_out=. --grpc_python_out=. --pyi_out=. $(PROTO)
+
+.PHONY: constraints
+constraints: ## pin the newest versions that pyproject.toml allows in constraints.txt
+	@scratch=$$(mktemp -d) && trap 'rm -rf "$$scratch"' EXIT && \
+	scripts/make_venv.sh "$$scratch/venv" "" && \
+	{ sed '/^#/!d' constraints.txt; \
+	  "$$scratch/venv/bin/python" -m pip freeze --exclude octavo; } > "$$scratch/new" && \
+	mv "$$scratch/new" constraints.txt
+
+.PHONY: clean
+clean: ## remove caches and build output
+	rm -rf build dist .pytest_cache .ruff_cache .hypothesis models/.fetch-*
+	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
+
+.PHONY: distclean
+distclean: clean ## clean, and remove .venv and the fetched model
+	rm -rf $(VENV) $(MODEL)

@@ -1,0 +1,5 @@
+"""`python -m engine` is `octavo`."""
+
+from engine.cli import main
+
+main()

@@ -1,0 +1,251 @@
+"""The command line: `octavo`, also `python -m engine`. Each command imports what it needs.
+
+Nothing heavy is imported here, so that `octavo --help` answers at once.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+from pathlib import Path
+from typing import Annotated, Any
+
+import cyclopts
+from cyclopts import Parameter
+
+from engine import __version__
+
+app = cyclopts.App(
+    name="octavo",
+    help="A paged LLM inference engine for JAX.",
+    version=__version__,
+)
+bench = cyclopts.App(name="bench", help="Measure an engine or a server.")
+app.command(bench)
+
+ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"])]
+Overrides = Annotated[
+    list[str] | None,
+    Parameter(name="--set", negative=(), help="key=value that replaces the config's, dotted."),
+]
+
+
+@app.command
+def serve(*, config: ConfigPath, set_: Overrides = None, record: Path | None = None) -> int:
+    """Serve a model over gRPC until interrupted.
+
+    Args:
+      config: a YAML file; see configs/.
+      record: write the scheduler's event log here, for `octavo replay`. It holds prompts.
+    """
+    from engine.serve.server import run_server
+
+    with _progress() as progress:
+        return run_server(_load(config, set_), _text(record), progress)
+
+
+@app.command
+def chat(
+    *,
+    message: Annotated[str | None, Parameter(name=["--message", "-m"])] = None,
+    address: str = "127.0.0.1:50051",
+    system: str | None = None,
+    temperature: float = 0.0,
+    max_tokens: int = 512,
+    seed: int | None = None,
+) -> int:
+    """Talk to a server; without a message, hold a conversation.
+
+    Args:
+      message: what to say.
+      address: host:port of the server.
+      system: a system message that comes first.
+      temperature: 0 always takes the likeliest token.
+      max_tokens: most tokens of an answer.
+      seed: makes draws repeatable.
+    """
+    from engine.chat import chat as run
+    from engine.types import SamplingParams
+
+    sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
+    return run(address, message, system=system, sampling=sampling)
+
+
+@app.command
+def generate(
+    *,
+    config: ConfigPath,
+    input_: Annotated[Path, Parameter(name=["--input", "-i"])],
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    set_: Overrides = None,
+    record: Path | None = None,
+) -> int:
+    """Generate for every line of a file, in this process.
+
+    A line in is JSON with `prompt`, `prompt_ids` or `messages`, and any sampling field. A line
+    out has `index`, `text`, `token_ids`, `finish_reason`, `prompt_tokens`, `cached_tokens`, and
+    log-probabilities if asked for; a line that failed has `index` and `error`.
+
+    Args:
+      config: a YAML file; see configs/.
+      input_: JSON lines; `-` is standard input.
+      output: JSON lines in the order of the input; it appears when all are done.
+      record: write the scheduler's event log here, for `octavo replay`. It holds prompts.
+    """
+    from engine.generate import generate_file
+    from engine.llm import LLM
+
+    loaded = _load(config, set_)
+    with (
+        _progress() as progress,
+        LLM.from_config(loaded, record=_text(record), progress=progress) as llm,
+    ):
+        return generate_file(llm, input_, output, progress)
+
+
+@app.command
+def plan(
+    *,
+    config: ConfigPath,
+    hbm: str | None = None,
+    set_: Overrides = None,
+    json: bool = False,
+) -> int:
+    """Work out where memory goes and how much the cache holds; needs no weights.
+
+    Args:
+      config: a YAML file that states model.architecture, or whose model is a local file.
+      hbm: memory of one chip, such as 16GiB; without it, the config's own pool is shown.
+      json: print JSON instead of tables.
+    """
+    import dataclasses
+
+    from engine import memory_plan
+    from engine.config import parse_size, resolve_source
+
+    loaded = _load(config, set_)
+    architecture = loaded.model.architecture
+    if architecture is None:
+        from engine.weights import open_checkpoint
+
+        architecture = open_checkpoint(resolve_source(loaded)).architecture
+    result = memory_plan.plan(loaded, architecture, hbm=parse_size(hbm) if hbm else None)
+    if json:
+        import msgspec
+
+        print(msgspec.json.format(msgspec.json.encode(dataclasses.asdict(result))).decode())
+    else:
+        from rich.console import Console
+
+        from engine.plan_tables import render
+
+        Console().print(render(result))
+    return 0
+
+
+@app.command
+def replay(log: Path, /, *, check: bool = False) -> int:
+    """Run a recorded event log through the scheduler and compare every plan.
+
+    Args:
+      log: written by `octavo serve --record` or `octavo generate --record`.
+      check: also assert all invariants after every event; slow.
+    """
+    from engine.runtime.event_log import replay as run
+
+    seen = run(log, check=check)
+    print(
+        f"{log}: {seen.steps} plans are identical ({seen.requests} requests, "
+        f"{seen.tokens} tokens, {seen.preemptions} preemptions)"
+    )
+    return 0
+
+
+@app.command
+def convert(source: str, output: Path, /, *, dtype: str = "bfloat16") -> int:
+    """Write a model as an orbax checkpoint, which loads sharded.
+
+    Args:
+      source: a .gguf file, a folder, or hf:org/name.
+      output: the folder to write; it must not exist.
+      dtype: float32 or bfloat16.
+    """
+    from engine.config import DTYPE_BYTES, ConfigError
+    from engine.weights import convert as run
+
+    if dtype not in DTYPE_BYTES:
+        raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}")
+    with _progress() as progress:
+        run(source, output, dtype, lambda done, total: progress("Converting", done, total))
+    print(f"wrote {output}; use it as model.source")
+    return 0
+
+
+class _progress:
+    """A progress bar on a terminal, and one line a task elsewhere; both on standard error."""
+
+    def __enter__(self) -> Any:
+        self._task: tuple[str, Any] | None = None
+        self._bar: Any = None
+        return self._show
+
+    def __exit__(self, *_: object) -> None:
+        self._stop()
+
+    def _show(self, what: str, done: int, total: int) -> None:
+        if self._task is None or self._task[0] != what:
+            self._stop()
+            if sys.stderr.isatty():
+                from rich.console import Console
+                from rich.progress import Progress
+
+                self._bar = Progress(console=Console(stderr=True), transient=True)
+                self._bar.start()
+                self._task = (what, self._bar.add_task(what, total=total))
+            else:
+                print(f"{what} …", file=sys.stderr, flush=True)
+                self._task = (what, None)
+        if self._bar is not None:
+            self._bar.update(self._task[1], completed=done, total=total)
+        if done >= total:
+            self._stop()
+            self._task = (what, None)
+
+    def _stop(self) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+            self._bar = None
+
+
+def _load(path: Path, overrides: list[str] | None) -> Any:
+    from engine import config
+
+    return config.load(path, overrides or ())
+
+
+def _text(path: Path | None) -> str | None:
+    return None if path is None else str(path)
+
+
+def main() -> None:
+    """Run the command line; errors that a user can mend are one line, without a traceback."""
+    logging.basicConfig(
+        level=os.environ.get("OCTAVO_LOG", "WARNING").upper(),
+        format="%(levelname)s %(name)s: %(message)s",
+    )
+    try:
+        sys.exit(app(sys.argv[1:]) or 0)
+    except KeyboardInterrupt:
+        sys.exit(130)
+    except (ValueError, OSError) as error:
+        if os.environ.get("OCTAVO_TRACEBACK"):
+            raise
+        print(f"octavo: {_message(error)}", file=sys.stderr)
+        sys.exit(2)
+
+
+def _message(error: Exception) -> str:
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.filename}: {error.strerror}"
+    return str(error)

@@ -1,0 +1,392 @@
+"""The configuration: one YAML file a model and hardware, read strictly into frozen values.
+
+Unknown keys are errors, sizes such as ``16GiB`` and ``32K`` are read, and a config is never
+changed after it is made: resolving a default makes a new value.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import re
+from collections.abc import Iterable, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any, Literal, get_args, get_origin, get_type_hints
+
+import msgspec
+
+DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+Dtype = Literal["float32", "bfloat16"]
+Backend = Literal["auto", "xla", "reference"]
+
+
+class ConfigError(ValueError):
+    """A config that can't be used: says which key, what was given, and what is possible."""
+
+
+class _SizeError(ConfigError):
+    """A text that is no size; the caller knows which key it belongs to."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RopeScaling:
+    """Llama 3's frequency-dependent rope scaling (transformers: `rope_type: llama3`)."""
+
+    factor: float
+    low_freq_factor: float
+    high_freq_factor: float
+    original_max_position: int
+
+    def __post_init__(self) -> None:
+        _check_positive("architecture.rope_scaling", self)
+        if self.high_freq_factor <= self.low_freq_factor:
+            raise ConfigError(
+                f"architecture.rope_scaling: high_freq_factor ({self.high_freq_factor:g}) must be "
+                f"above low_freq_factor ({self.low_freq_factor:g})"
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Architecture:
+    """What makes one decoder differ from another. Differences are values, not subclasses.
+
+    Read from the model's own files; a config may state it too, so that `octavo plan` works
+    without the weights, and then the two must agree.
+    """
+
+    family: Literal["llama", "qwen2", "qwen3"]
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_layers: int
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    max_position: int
+    rope_theta: float
+    rope_scaling: RopeScaling | None = None
+    rms_norm_eps: float = 1e-5
+    tie_embeddings: bool = False
+    qkv_bias: bool = False
+    qk_norm: bool = False
+
+    def __post_init__(self) -> None:
+        _check_positive("architecture", self)
+        if self.num_heads % self.num_kv_heads:
+            raise ConfigError(
+                f"architecture: {self.num_heads} query heads can't share {self.num_kv_heads} "
+                "KV heads evenly"
+            )
+        if self.head_dim % 2:
+            raise ConfigError(
+                f"architecture.head_dim is {self.head_dim}; rotary positions need it even"
+            )
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ModelConfig:
+    """Which model, and how it is held.
+
+    Attributes:
+      source: a .gguf file, a folder with safetensors or an orbax checkpoint, or
+        `hf:org/name[@revision]`. Relative paths start at the config file's folder.
+      name: what clients see; by default the source's last part.
+      dtype: of weights and activations.
+      max_model_len: most tokens of prompt and output together; by default the model's own.
+      architecture: see `Architecture`.
+    """
+
+    source: str
+    name: str = ""
+    dtype: Dtype = "bfloat16"
+    max_model_len: int | None = None
+    architecture: Architecture | None = None
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MeshConfig:
+    """How many chips, by use: `data` replicas of `tensor` shards."""
+
+    data: int = 1
+    tensor: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CacheConfig:
+    """The KV cache: its block size, and its size in blocks or in bytes (exactly one).
+
+    Attributes:
+      block_size: tokens in one block; a power of two from 8 to 256.
+      num_blocks: blocks in the pool.
+      memory: bytes for the pool, over all chips of one replica.
+      dtype: of keys and values; by default the model's.
+      prefix_reuse: whether finished blocks are kept for requests with the same prefix.
+    """
+
+    block_size: int = 16
+    num_blocks: int | None = None
+    memory: int | None = None
+    dtype: Dtype | None = None
+    prefix_reuse: bool = True
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class SchedulerConfig:
+    """Limits of the scheduler.
+
+    Attributes:
+      max_num_seqs: sequences that run at once (the slots of the device state).
+      max_step_tokens: token budget of a step; prompts are cut into chunks that fit.
+      max_waiting: requests that may queue; one more is refused (RESOURCE_EXHAUSTED).
+    """
+
+    max_num_seqs: int = 64
+    max_step_tokens: int = 512
+    max_waiting: int = 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class BucketConfig:
+    """The static shapes that are compiled. Empty: powers of four up to the limits.
+
+    Attributes:
+      decode_seqs: sequence counts of steps in which every sequence has one token.
+      prefill_tokens: token counts of the other steps.
+      prefill_seqs: sequence counts of the other steps.
+    """
+
+    decode_seqs: tuple[int, ...] = ()
+    prefill_tokens: tuple[int, ...] = ()
+    prefill_seqs: tuple[int, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AttentionConfig:
+    """Which attention kernel: `auto` takes the best that runs on the device."""
+
+    backend: Backend = "auto"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServerConfig:
+    """The gRPC server.
+
+    Attributes:
+      host, port: where it listens; port 0 takes a free one.
+      max_message: bytes of the largest message that is taken.
+      max_concurrent: streams served at once; one more is refused.
+    """
+
+    host: str = "127.0.0.1"
+    port: int = 50051
+    max_message: int = 4 * 2**20
+    max_concurrent: int = 1024
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Config:
+    """Everything an engine is made from.
+
+    `compile_cache` is a folder that keeps compiled programs between starts; empty turns it
+    off. `path` is the file this was read from.
+    """
+
+    model: ModelConfig
+    mesh: MeshConfig = MeshConfig()
+    cache: CacheConfig = CacheConfig()
+    scheduler: SchedulerConfig = SchedulerConfig()
+    buckets: BucketConfig = BucketConfig()
+    attention: AttentionConfig = AttentionConfig()
+    server: ServerConfig = ServerConfig()
+    compile_cache: str = "~/.cache/octavo/compiled"
+    path: str = ""
+
+    def __post_init__(self) -> None:
+        _check(self)
+
+
+def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
+    """Read a config file.
+
+    Args:
+      path: a YAML file.
+      overrides: `dotted.key=value` strings that replace what the file says.
+
+    Raises:
+      ConfigError: the file is missing, is not YAML, has an unknown key or a wrong value.
+    """
+    path = Path(path)
+    try:
+        tree = msgspec.yaml.decode(path.read_bytes())
+    except FileNotFoundError:
+        raise ConfigError(f"there is no config file {path}; see configs/ for examples") from None
+    except OSError as error:
+        raise ConfigError(f"can't read config file {path}: {error.strerror}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path} is not valid YAML: {error}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path} must hold a mapping with the keys of a config")
+    for override in overrides:
+        _override(tree, override)
+    return from_tree(tree, path=str(path))
+
+
+def from_tree(tree: dict[str, Any], path: str = "") -> Config:
+    """Build a config from nested mappings, as YAML gives them. Raises ConfigError."""
+    try:
+        config = msgspec.convert(_prepared(tree, Config, ""), Config)
+    except msgspec.ValidationError as error:
+        raise ConfigError(f"{path or 'config'}: {_as_dotted(str(error))}") from None
+    except ConfigError as error:
+        raise ConfigError(f"{path}: {error}" if path else str(error)) from None
+    return dataclasses.replace(config, path=path)
+
+
+def resolve_source(config: Config) -> str:
+    """The model source with a relative path taken from the config file's folder."""
+    source = config.model.source
+    if ":" in source or Path(source).expanduser().is_absolute() or not config.path:
+        return str(Path(source).expanduser()) if ":" not in source else source
+    return str((Path(config.path).parent / source).resolve())
+
+
+_SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]i?B?|B?)")
+_POWER = {"K": 1, "M": 2, "G": 3, "T": 4}
+
+
+def parse_size(text: str | int) -> int:
+    """`16GiB`, `32K` or `1500MB` as a number. `K` and `KiB` are 1024, `KB` is 1000."""
+    if isinstance(text, int) and not isinstance(text, bool) and text >= 0:
+        return text
+    match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
+    if not match:
+        raise _SizeError(f"{text!r:.80} is not a size; write it like 16GiB, 512MiB or 32K")
+    number, unit = match.groups()
+    base = 1000 if len(unit) == 2 and unit[1] == "B" else 1024
+    size = Fraction(number) * base ** _POWER.get(unit[:1], 0)
+    if size.denominator != 1:
+        raise _SizeError(f"{text!r:.80} is not a whole number of units")
+    return int(size)
+
+
+def _prepared(tree: dict[str, Any], cls: type, prefix: str) -> dict[str, Any]:
+    """The mapping with sizes read where a number belongs; names unknown keys and choices."""
+    kinds = {name: kind for name, kind in get_type_hints(cls).items() if name != "path"}
+    prepared = {}
+    for key, value in tree.items():
+        name = f"{prefix}{key}"
+        if key not in kinds:
+            near = difflib.get_close_matches(str(key), kinds, n=1)
+            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(kinds)}"
+            raise ConfigError(f"unknown key {name}; {hint}")
+        alternatives = get_args(kinds[key]) or (kinds[key],)
+        section = _section(kinds[key])
+        choices = _choices(kinds[key])
+        try:
+            if section is not None and isinstance(value, dict):
+                value = _prepared(value, section, f"{name}.")
+            elif choices and value is not None and value not in choices:
+                raise ConfigError(f"{name} is {value!r}; it must be one of {', '.join(choices)}")
+            elif int in alternatives and isinstance(value, str):
+                value = parse_size(value)
+            elif int in alternatives and isinstance(value, list):
+                value = [parse_size(item) if isinstance(item, str) else item for item in value]
+        except _SizeError as error:
+            raise ConfigError(f"{name}: {error}") from None
+        prepared[key] = value
+    return prepared
+
+
+def _section(kind: Any) -> type | None:
+    """The config class among a field's types, if there is one."""
+    kinds = get_args(kind) or (kind,)
+    return next((kind for kind in kinds if dataclasses.is_dataclass(kind)), None)  # type: ignore
+
+
+def _choices(kind: Any) -> tuple[str, ...]:
+    """The values that a field of a Literal type can have; empty for other types."""
+    if get_origin(kind) is Literal:
+        return get_args(kind)
+    return tuple(text for part in get_args(kind) for text in _choices(part))
+
+
+def _override(tree: dict[str, Any], override: str) -> None:
+    key, sign, text = override.partition("=")
+    if not sign or not key:
+        raise ConfigError(f"--set takes key=value, such as model.dtype=float32, not {override!r}")
+    *parents, leaf = key.split(".")
+    kinds: type | None = Config
+    for parent in parents:
+        kinds = _section(get_type_hints(kinds).get(parent)) if kinds else None
+        child = tree.setdefault(parent, {})
+        if not isinstance(child, dict):
+            raise ConfigError(f"--set {override}: {parent} is a value, not a section")
+        tree = child
+    if kinds and get_type_hints(kinds).get(leaf) is str:
+        tree[leaf] = text  # also where YAML would read a number, or nothing
+        return
+    try:
+        tree[leaf] = msgspec.yaml.decode(text.encode())
+    except msgspec.DecodeError:
+        tree[leaf] = text
+
+
+def _as_dotted(message: str) -> str:
+    """msgspec's ``… - at `$.model.dtype` `` as ``model.dtype: …``."""
+    text, _, where = message.partition(" - at `$.")
+    return f"{where.rstrip('`')}: {text}" if where else message
+
+
+def _check_positive(name: str, value: Any) -> None:
+    """Refuse numbers that are zero, negative or not finite in any field of a dataclass."""
+    for field in dataclasses.fields(value):
+        number = getattr(value, field.name)
+        if isinstance(number, (int, float)) and not isinstance(number, bool):
+            if isinstance(number, int) and number < 1:
+                raise ConfigError(f"{name}.{field.name} is {number}; it must be at least 1")
+            if not (math.isfinite(number) and number > 0):
+                raise ConfigError(f"{name}.{field.name} is {number}; it must be above zero")
+
+
+def _check(config: Config) -> None:
+    cache, scheduler, mesh = config.cache, config.scheduler, config.mesh
+    block = cache.block_size
+    if not 8 <= block <= 256 or block & (block - 1):
+        raise ConfigError(f"cache.block_size is {block}; it must be a power of two from 8 to 256")
+    if (cache.num_blocks is None) == (cache.memory is None):
+        raise ConfigError("give the cache's size as either cache.num_blocks or cache.memory")
+    positive: Sequence[tuple[str, int | None]] = (
+        ("cache.num_blocks", cache.num_blocks),
+        ("cache.memory", cache.memory),
+        ("model.max_model_len", config.model.max_model_len),
+        ("scheduler.max_num_seqs", scheduler.max_num_seqs),
+        ("scheduler.max_step_tokens", scheduler.max_step_tokens),
+        ("scheduler.max_waiting", scheduler.max_waiting),
+        ("mesh.data", mesh.data),
+        ("mesh.tensor", mesh.tensor),
+        ("server.max_message", config.server.max_message),
+        ("server.max_concurrent", config.server.max_concurrent),
+    )
+    for key, value in positive:
+        if value is not None and value < 1:
+            raise ConfigError(f"{key} is {value}; it must be at least 1")
+    if scheduler.max_step_tokens < scheduler.max_num_seqs:
+        raise ConfigError(
+            f"scheduler.max_step_tokens ({scheduler.max_step_tokens}) is below max_num_seqs "
+            f"({scheduler.max_num_seqs}), so a step could not take one token of each sequence"
+        )
+    if not 0 <= config.server.port <= 65535:
+        raise ConfigError(f"server.port is {config.server.port}; it must be from 0 to 65535")
+    _check_buckets("decode_seqs", config.buckets.decode_seqs, scheduler.max_num_seqs)
+    _check_buckets("prefill_tokens", config.buckets.prefill_tokens, scheduler.max_step_tokens)
+    _check_buckets("prefill_seqs", config.buckets.prefill_seqs, scheduler.max_num_seqs)
+
+
+def _check_buckets(name: str, sizes: tuple[int, ...], largest: int) -> None:
+    if sizes and (list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] != largest):
+        raise ConfigError(
+            f"buckets.{name} is {list(sizes)}; it must rise strictly and end at {largest}, "
+            "the scheduler's limit"
+        )

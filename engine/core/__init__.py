@@ -1,0 +1,1 @@
+"""The pure core: block keys, block pool, scheduler and batching. Python and NumPy, no jax."""

@@ -1,0 +1,172 @@
+"""From a plan to a padded batch, and the closed set of shapes it may have.
+
+The only file that pads. Everything is NumPy; a batch depends on its plan alone.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from engine.config import BucketConfig, SchedulerConfig
+from engine.types import Batch, Bucket, PlanRow, SamplingBatch, StepPlan
+
+UNKNOWN_TOKEN = -1  # in Batch.token_ids: the token that the row's slot sampled last
+
+
+def bucket_set(
+    buckets: BucketConfig, scheduler: SchedulerConfig, num_blocks: int
+) -> tuple[Bucket, ...]:
+    """Every shape that a step can take, the cheapest first.
+
+    Args:
+      buckets: sizes as configured; where it is empty, powers of four up to the limits.
+      scheduler: the limits.
+      num_blocks: width of the block tables, which is that of the longest sequence.
+    """
+    max_seqs, max_tokens = scheduler.max_num_seqs, scheduler.max_step_tokens
+    decode_seqs = buckets.decode_seqs or _powers_of_four(1, max_seqs)
+    prefill_tokens = buckets.prefill_tokens or _powers_of_four(32, max_tokens)
+    prefill_seqs = buckets.prefill_seqs or _powers_of_four(16, max_seqs)
+    decode = {Bucket(seqs, seqs, num_blocks) for seqs in decode_seqs}
+    prefill = {
+        Bucket(tokens, min(seqs, tokens), num_blocks)
+        for tokens in prefill_tokens
+        for seqs in prefill_seqs
+    }
+    # A batch of single tokens that fills no decode bucket is covered, as decode_seqs ends at
+    # max_num_seqs; any other fits the largest prefill bucket, as the scheduler's limits do.
+    return tuple(sorted(decode | prefill))
+
+
+def choose_bucket(plan: StepPlan, buckets: tuple[Bucket, ...]) -> Bucket:
+    """The first bucket that holds the plan. A step of single tokens takes a decode bucket."""
+    num_tokens, num_seqs = plan.num_tokens, len(plan.rows)
+    decodes_only = num_tokens == num_seqs
+    for bucket in buckets:
+        is_decode = bucket.num_tokens == bucket.num_seqs
+        if (
+            bucket.num_tokens >= num_tokens
+            and bucket.num_seqs >= num_seqs
+            and (decodes_only or not is_decode)
+        ):
+            return bucket
+    raise AssertionError(f"{num_tokens} tokens of {num_seqs} sequences fit none of {buckets}")
+
+
+def build(plan: StepPlan, buckets: tuple[Bucket, ...], sink_slot: int) -> Batch:
+    """Lay a plan out in the smallest bucket that holds it.
+
+    Args:
+      plan: at least one row.
+      buckets: as from `bucket_set`.
+      sink_slot: the device state's last row, where padded rows write.
+    """
+    bucket = choose_bucket(plan, buckets)
+    batch = empty(bucket, sink_slot)
+    rows, num_rows = plan.rows, len(plan.rows)
+    _, slots, row_starts, lengths, chunks, tables, samples, positions, _ = zip(*rows, strict=True)
+    start = np.array(row_starts, np.int32)
+    length = np.array(lengths, np.int32)
+
+    starts = batch.query_starts
+    np.cumsum(length, out=starts[1 : num_rows + 1])
+    total = int(starts[num_rows])
+    starts[num_rows + 1 :] = total
+    batch.token_rows[:total] = np.repeat(np.arange(num_rows, dtype=np.int32), length)
+    first_position = np.repeat(start - starts[:num_rows], length)
+    batch.positions[:total] = np.arange(total, dtype=np.int32) + first_position
+    batch.token_ids[:total] = [token for chunk in chunks for token in chunk or (UNKNOWN_TOKEN,)]
+    batch.kv_lens[:num_rows] = start + length
+    for index, block_ids in enumerate(tables):
+        batch.block_tables[index, : block_ids.size] = block_ids
+    batch.slots[:num_rows] = slots
+    batch.samples[:num_rows] = samples
+    batch.sampling.output_positions[:num_rows] = positions
+    _fill_sampling(batch.sampling, rows, starts)
+    return batch
+
+
+def empty(bucket: Bucket, sink_slot: int) -> Batch:
+    """A batch of padding only, for compiling and warming up."""
+    num_tokens, num_seqs, num_blocks = bucket
+    return Batch(
+        token_ids=np.zeros(num_tokens, np.int32),
+        positions=np.zeros(num_tokens, np.int32),
+        token_rows=np.full(num_tokens, num_seqs, np.int32),
+        query_starts=np.zeros(num_seqs + 1, np.int32),
+        kv_lens=np.zeros(num_seqs, np.int32),
+        block_tables=np.zeros((num_seqs, num_blocks), np.int32),
+        slots=np.full(num_seqs, sink_slot, np.int32),
+        samples=np.zeros(num_seqs, np.bool_),
+        sampling=_neutral_sampling(bucket),
+    )
+
+
+def _fill_sampling(batch: SamplingBatch, rows: tuple[PlanRow, ...], starts: np.ndarray) -> None:
+    """What the rows ask of the sampler; those that need no more than an argmax cost nothing."""
+    special: list[int] = []
+    for index, row in enumerate(rows):
+        request = row.request
+        if request.is_plain_greedy:
+            continue
+        sampling = request.sampling
+        if row.samples:
+            special.append(index)
+            batch.temperature[index] = sampling.temperature
+            batch.top_k[index] = sampling.top_k
+            batch.top_p[index] = sampling.top_p
+            batch.min_p[index] = sampling.min_p
+            batch.repetition_penalty[index] = sampling.repetition_penalty
+            batch.presence_penalty[index] = sampling.presence_penalty
+            batch.frequency_penalty[index] = sampling.frequency_penalty
+            batch.edits[index] = sampling.edits_logits
+            batch.bans_stops[index] = row.output_position < sampling.min_tokens
+            batch.wants_logprobs[index] = sampling.logprobs is not None
+            batch.seeds[index] = (request.seed & 0xFFFFFFFF, request.seed >> 32)
+        if sampling.prompt_logprobs is not None:
+            _add_prompt_targets(batch, row, int(starts[index]))
+    batch.special_rows[: len(special)] = special
+    batch.num_special[...] = len(special)
+
+
+def _add_prompt_targets(batch: SamplingBatch, row: PlanRow, first_index: int) -> None:
+    """List the row's positions whose next token belongs to the prompt."""
+    targets = row.request.prompt_ids[row.start + 1 : row.start + row.num_tokens + 1]
+    done = int(batch.num_prompt_logprobs)
+    stop = done + len(targets)
+    batch.prompt_indices[done:stop] = np.arange(first_index, first_index + len(targets))
+    batch.prompt_targets[done:stop] = targets
+    batch.num_prompt_logprobs[...] = stop
+
+
+def _neutral_sampling(bucket: Bucket) -> SamplingBatch:
+    """Every row greedy, nothing asked for."""
+    num_tokens, num_seqs = bucket.num_tokens, bucket.num_seqs
+    return SamplingBatch(
+        special_rows=np.full(num_seqs, num_seqs - 1, np.int32),
+        num_special=np.zeros((), np.int32),
+        temperature=np.zeros(num_seqs, np.float32),
+        top_k=np.zeros(num_seqs, np.int32),
+        top_p=np.ones(num_seqs, np.float32),
+        min_p=np.zeros(num_seqs, np.float32),
+        repetition_penalty=np.ones(num_seqs, np.float32),
+        presence_penalty=np.zeros(num_seqs, np.float32),
+        frequency_penalty=np.zeros(num_seqs, np.float32),
+        edits=np.zeros(num_seqs, np.bool_),
+        bans_stops=np.zeros(num_seqs, np.bool_),
+        wants_logprobs=np.zeros(num_seqs, np.bool_),
+        seeds=np.zeros((num_seqs, 2), np.uint32),
+        output_positions=np.zeros(num_seqs, np.int32),
+        prompt_indices=np.zeros(num_tokens, np.int32),
+        prompt_targets=np.zeros(num_tokens, np.int32),
+        num_prompt_logprobs=np.zeros((), np.int32),
+    )
+
+
+def _powers_of_four(first: int, last: int) -> tuple[int, ...]:
+    """first, 4 x first, …, last."""
+    sizes = []
+    while first < last:
+        sizes.append(first)
+        first *= 4
+    return (*sizes, last)

@@ -1,0 +1,36 @@
+"""Names of KV blocks: a SHA-256 chain over everything that decides a block's contents.
+
+A block's key is a function of its domain, the model, and every token id up to its end, so
+equal keys mean equal contents, and blocks of different domains can't match.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import struct
+from collections.abc import Sequence
+
+from engine.types import Domain
+
+_VERSION = b"octavo.block.v1"
+
+
+def root_key(domain: Domain, *extras: str) -> bytes:
+    """The key that a domain's chains start from, 32 bytes.
+
+    Args:
+      domain: who may share the blocks.
+      extras: what else decides the contents besides tokens, such as the weights' fingerprint
+        and an adapter's name. Each part is length-prefixed, so no two lists of parts collide.
+    """
+    digest = hashlib.sha256(_VERSION)
+    for part in (domain.tenant, domain.salt, *extras):
+        encoded = part.encode()
+        digest.update(struct.pack("<Q", len(encoded)))
+        digest.update(encoded)
+    return digest.digest()
+
+
+def child_key(parent: bytes, token_ids: Sequence[int]) -> bytes:
+    """The key of the block that holds `token_ids` and follows the block named `parent`."""
+    return hashlib.sha256(parent + struct.pack(f"<{len(token_ids)}i", *token_ids)).digest()

@@ -1,0 +1,156 @@
+"""Who owns which physical block: allocation, sharing by key, release, eviction.
+
+A block is in exactly one of three states. *Free*: nobody's, contents meaningless. *Owned*:
+held by one or more sequences (its reference count). *Cached*: held by nobody, but its key
+still names its contents; it is handed out again on a match, or evicted when blocks run out,
+least recently released first.
+"""
+
+from __future__ import annotations
+
+from collections import OrderedDict
+from collections.abc import Iterable, Sequence
+from typing import NamedTuple
+
+
+class PoolCounts(NamedTuple):
+    """Blocks by state; they add up to the pool."""
+
+    free: int
+    cached: int
+    owned: int
+
+
+class OutOfBlocks(RuntimeError):
+    """More blocks were asked for than are free or cached. Callers check `num_available`."""
+
+
+class BlockPool:
+    """Mutable book-keeping of `num_blocks` blocks; every operation is O(1) a block.
+
+    It is owned by one `SchedulerState`, which never shows it to its callers.
+    """
+
+    __slots__ = ("_block_of", "_cached", "_free", "_key_of", "_ref_counts", "num_blocks")
+
+    def __init__(self, num_blocks: int):
+        self.num_blocks = num_blocks
+        self._ref_counts = [0] * num_blocks
+        self._free = list(range(num_blocks - 1, -1, -1))  # a stack: block 0 goes out first
+        self._cached: OrderedDict[int, None] = OrderedDict()  # in order of eviction
+        self._block_of: dict[bytes, int] = {}
+        self._key_of: dict[int, bytes] = {}
+
+    @property
+    def num_available(self) -> int:
+        """Blocks that can be allocated now: free ones, and cached ones by eviction."""
+        return len(self._free) + len(self._cached)
+
+    @property
+    def counts(self) -> PoolCounts:
+        """Blocks by state."""
+        free, cached = len(self._free), len(self._cached)
+        return PoolCounts(free, cached, self.num_blocks - free - cached)
+
+    def allocate(self, count: int) -> list[int]:
+        """Take `count` blocks, each owned once, evicting cached ones if needed."""
+        if count > self.num_available:
+            raise OutOfBlocks(
+                f"{count} blocks asked for, but only {self.num_available} are available"
+            )
+        blocks = []
+        for _ in range(count):
+            block = self._free.pop() if self._free else self._evict()
+            self._ref_counts[block] = 1
+            blocks.append(block)
+        return blocks
+
+    def match(self, keys: Iterable[bytes]) -> list[int]:
+        """The blocks of the longest prefix of `keys` that is present. Takes no ownership."""
+        blocks = []
+        for key in keys:
+            block = self._block_of.get(key)
+            if block is None:
+                break
+            blocks.append(block)
+        return blocks
+
+    def num_cached(self, blocks: Iterable[int]) -> int:
+        """How many of the blocks are cached: sharing those makes as many fewer available."""
+        return sum(block in self._cached for block in blocks)
+
+    def share(self, blocks: Sequence[int]) -> None:
+        """Add an owner to each block, which must be owned or cached."""
+        for block in blocks:
+            if self._ref_counts[block] == 0:
+                del self._cached[block]
+            self._ref_counts[block] += 1
+
+    def release(self, blocks: Sequence[int]) -> None:
+        """Give up one ownership of each block.
+
+        The last block goes first, so that of one sequence's cached blocks the end is evicted
+        before the beginning: a block without its parents can't be matched.
+        """
+        for block in reversed(blocks):
+            count = self._ref_counts[block] - 1
+            assert count >= 0, f"block {block} was released more often than owned"
+            self._ref_counts[block] = count
+            if count == 0:
+                if block in self._key_of:
+                    self._cached[block] = None
+                else:
+                    self._free.append(block)
+
+    def name(self, block: int, key: bytes) -> None:
+        """Give an owned block the key of its contents, so that later requests can match it.
+
+        If another block has the key already, that one stays the one that is matched and
+        this one remains unnamed.
+        """
+        assert self._ref_counts[block] > 0, f"block {block} is named, but nobody owns it"
+        if key not in self._block_of and block not in self._key_of:
+            self._block_of[key] = block
+            self._key_of[block] = key
+
+    def forget_names(self) -> None:
+        """Drop every key: no block's contents can be matched any more."""
+        self._block_of.clear()
+        self._key_of.clear()
+        self._free.extend(self._cached)
+        self._cached.clear()
+
+    def copy(self) -> BlockPool:
+        """An independent pool in the same state. O(pool)."""
+        other = BlockPool(0)
+        other.num_blocks = self.num_blocks
+        other._ref_counts = self._ref_counts.copy()
+        other._free = self._free.copy()
+        other._cached = self._cached.copy()
+        other._block_of = self._block_of.copy()
+        other._key_of = self._key_of.copy()
+        return other
+
+    def check(self, owners: Iterable[Sequence[int]]) -> None:
+        """Assert every invariant, given the block lists of all owners. O(pool); for tests."""
+        held = [0] * self.num_blocks
+        for blocks in owners:
+            assert len(set(blocks)) == len(blocks), "a sequence holds a block twice"
+            for block in blocks:
+                held[block] += 1
+        assert held == self._ref_counts, "reference counts differ from the owners' blocks"
+        free, cached = set(self._free), set(self._cached)
+        owned = {block for block, count in enumerate(held) if count}
+        assert len(free) == len(self._free), "a block is free twice"
+        assert not free & cached, "a block is both free and cached"
+        assert not free & owned, "a block is both free and owned"
+        assert not cached & owned, "a block is both cached and owned"
+        assert len(free) + len(cached) + len(owned) == self.num_blocks, "a block is lost"
+        assert cached <= self._key_of.keys(), "a cached block has no key"
+        assert not free & self._key_of.keys(), "a free block has a key"
+        assert self._block_of == {key: block for block, key in self._key_of.items()}
+
+    def _evict(self) -> int:
+        block, _ = self._cached.popitem(last=False)
+        del self._block_of[self._key_of.pop(block)]
+        return block

@@ -1,0 +1,301 @@
+"""The scheduler's own book-keeping: sequences, the waiting queue, and both put together.
+
+Everything here is mutable and owned by one `SchedulerState`; the policy is in `scheduler`.
+"""
+
+from __future__ import annotations
+
+import bisect
+import heapq
+from collections.abc import Iterable
+
+import numpy as np
+
+from engine.core.block_keys import child_key, root_key
+from engine.core.block_pool import BlockPool
+from engine.types import Request, TokenLogprobs
+
+NO_SLOT = -1
+
+
+class Sequence:
+    """One request on its way.
+
+    Attributes:
+      rank: (priority, arrival); lower goes first, and no two are equal.
+      token_ids: the prompt and the tokens generated so far, as far as the host knows them.
+      num_total: tokens including those that planned steps sample but that are not known yet.
+      num_computed: positions whose keys and values are in the cache or planned to be.
+      max_total: prompt and output at their longest.
+      slot: row of the device state while running, else NO_SLOT.
+      block_ids: int32[capacity]; the first num_blocks entries hold positions 0 onwards. Filled
+        entries never change, so plans may keep views of it.
+      keys: of the blocks whose tokens are known, as far as they were needed.
+      num_blocks_named: blocks that others may match.
+      num_cached_tokens: prompt tokens found in the cache when the request first ran.
+      prompt_logprobs: of the prompt tokens after the first, as far as computed.
+    """
+
+    __slots__ = (
+        "block_ids",
+        "has_state",
+        "keys",
+        "max_total",
+        "num_blocks",
+        "num_blocks_named",
+        "num_cached_tokens",
+        "num_computed",
+        "num_prompt",
+        "num_total",
+        "prompt_logprobs",
+        "rank",
+        "request",
+        "slot",
+        "token_ids",
+        "was_started",
+    )
+
+    def __init__(self, request: Request, rank: tuple[int, int]):
+        self.request = request
+        self.rank = rank
+        self.token_ids = list(request.prompt_ids)
+        self.num_prompt = len(request.prompt_ids)
+        self.num_total = self.num_prompt
+        self.max_total = self.num_prompt + request.max_tokens
+        self.num_cached_tokens = 0
+        self.keys: list[bytes] = []
+        self.prompt_logprobs: list[TokenLogprobs] = []
+        self.was_started = False
+        self.clear_cache()
+
+    def clear_cache(self) -> None:
+        """Forget blocks and slot, as before the first start. The caller has released them."""
+        self.num_computed = 0
+        self.slot = NO_SLOT
+        self.has_state = False
+        self.block_ids = np.zeros(0, np.int32)
+        self.num_blocks = 0
+        self.num_blocks_named = 0
+
+    @property
+    def num_pending(self) -> int:
+        """Tokens that planned steps sample and that are not known yet."""
+        return self.num_total - len(self.token_ids)
+
+    @property
+    def num_uncomputed(self) -> int:
+        """Tokens that no step has computed or is planned to compute."""
+        return self.num_total - self.num_computed
+
+    @property
+    def needs_whole_prompt(self) -> bool:
+        """Whether every prompt position must be computed, for its log-probabilities."""
+        asked = self.request.sampling.prompt_logprobs is not None
+        return asked and len(self.prompt_logprobs) < self.num_prompt - 1
+
+    def start(
+        self, slot: int, shared: list[int], fresh: list[int], capacity: int, block_size: int
+    ) -> None:
+        """Run with these blocks; the shared ones hold the first positions already."""
+        self.slot = slot
+        self.block_ids = np.zeros(capacity, np.int32)
+        self.append_blocks(shared)
+        self.append_blocks(fresh)
+        self.num_blocks_named = len(shared)
+        self.num_computed = len(shared) * block_size
+        if not self.was_started:
+            self.was_started = True
+            self.num_cached_tokens = self.num_computed
+
+    def append_blocks(self, blocks: list[int]) -> None:
+        """Map the next positions to these blocks."""
+        stop = self.num_blocks + len(blocks)
+        self.block_ids[self.num_blocks : stop] = blocks
+        self.num_blocks = stop
+
+    def take_history(self) -> tuple[int, ...] | None:
+        """The tokens generated so far if the slot's device state is not set yet, else None."""
+        if self.has_state:
+            return None
+        self.has_state = True
+        return tuple(self.token_ids[self.num_prompt :])
+
+    def extend_keys(self, count: int, block_size: int, fingerprint: str) -> None:
+        """Make sure that `keys` names the first `count` blocks, whose tokens are known."""
+        while len(self.keys) < count:
+            index = len(self.keys)
+            parent = self.keys[-1] if index else root_key(self.request.domain, fingerprint)
+            block = self.token_ids[index * block_size : (index + 1) * block_size]
+            self.keys.append(child_key(parent, block))
+
+    def add_prompt_logprobs(self, start: int, entries: tuple[TokenLogprobs, ...]) -> None:
+        """Take in what the chunk from position `start` says; repeats are dropped."""
+        known = len(self.prompt_logprobs)
+        if start <= known:
+            self.prompt_logprobs.extend(entries[known - start :])
+
+    def owned_blocks(self) -> list[int]:
+        """The physical blocks it holds, in order of position."""
+        return self.block_ids[: self.num_blocks].tolist()
+
+    def describe(self) -> dict[str, object]:
+        """Plain data without token ids, for snapshots."""
+        return {
+            "request_id": self.request.request_id,
+            "rank": list(self.rank),
+            "slot": self.slot,
+            "num_prompt": self.num_prompt,
+            "num_known": len(self.token_ids),
+            "num_total": self.num_total,
+            "num_computed": self.num_computed,
+            "blocks": self.owned_blocks(),
+        }
+
+    def copy(self) -> Sequence:
+        """An independent sequence; the request is shared, as it is frozen."""
+        other = object.__new__(Sequence)
+        for name in Sequence.__slots__:
+            value = getattr(self, name)
+            copied = value.copy() if isinstance(value, (list, np.ndarray)) else value
+            setattr(other, name, copied)
+        return other
+
+
+class WaitingQueue:
+    """Sequences without blocks, by rank. Removal from the middle is lazy: O(log n) amortised."""
+
+    __slots__ = ("_heap", "_present")
+
+    def __init__(self, sequences: Iterable[Sequence] = ()):
+        self._present: dict[tuple[int, int], Sequence] = {}
+        self._heap: list[tuple[int, int]] = []
+        for seq in sequences:
+            self.add(seq)
+
+    def __len__(self) -> int:
+        return len(self._present)
+
+    def add(self, seq: Sequence) -> None:
+        """Queue a sequence."""
+        self._present[seq.rank] = seq
+        heapq.heappush(self._heap, seq.rank)
+
+    def remove(self, seq: Sequence) -> None:
+        """Take out a sequence that is queued."""
+        del self._present[seq.rank]
+
+    def first(self) -> Sequence | None:
+        """The lowest-ranked sequence, or None."""
+        while self._heap and self._heap[0] not in self._present:
+            heapq.heappop(self._heap)
+        return self._present[self._heap[0]] if self._heap else None
+
+    def in_order(self) -> list[Sequence]:
+        """All of them by rank. O(n log n)."""
+        return [self._present[rank] for rank in sorted(self._present)]
+
+
+class Core:
+    """Everything a scheduler state holds.
+
+    Attributes:
+      sequences: every request in the engine, by id.
+      running: those that hold blocks, by rank.
+      waiting: the others.
+      free_slots: a heap, so that the lowest slot is used first.
+      step: the number of the next plan.
+      arrivals: requests admitted so far.
+    """
+
+    __slots__ = ("arrivals", "free_slots", "pool", "running", "sequences", "step", "waiting")
+
+    def __init__(self, num_blocks: int, max_num_seqs: int):
+        self.pool = BlockPool(num_blocks)
+        self.sequences: dict[str, Sequence] = {}
+        self.running: list[Sequence] = []
+        self.waiting = WaitingQueue()
+        self.free_slots = list(range(max_num_seqs))
+        self.step = 0
+        self.arrivals = 0
+
+    def add(self, request: Request) -> None:
+        """Queue a new request."""
+        seq = Sequence(request, (request.priority, self.arrivals))
+        self.arrivals += 1
+        self.sequences[request.request_id] = seq
+        self.waiting.add(seq)
+
+    def start(self, seq: Sequence, shared: list[int], capacity: int, block_size: int) -> None:
+        """Move a waiting sequence to the running ones, with blocks for all its known tokens.
+
+        `shared` are the blocks that already hold its first positions; `capacity` is the most
+        blocks it can come to need.
+        """
+        needed = -(-len(seq.token_ids) // block_size) - len(shared)
+        self.waiting.remove(seq)
+        self.pool.share(shared)
+        fresh = self.pool.allocate(needed)
+        seq.start(heapq.heappop(self.free_slots), shared, fresh, capacity, block_size)
+        bisect.insort(self.running, seq, key=_rank)
+
+    def preempt(self, seq: Sequence) -> None:
+        """Take blocks and slot from a running sequence and queue it again, at its rank."""
+        self._stop(seq)
+        self.waiting.add(seq)
+
+    def remove(self, seq: Sequence) -> None:
+        """Forget a sequence, running or waiting, and return what it holds."""
+        del self.sequences[seq.request.request_id]
+        if seq.slot == NO_SLOT:
+            self.waiting.remove(seq)
+        else:
+            self._stop(seq)
+
+    def copy(self) -> Core:
+        """An independent core in the same state. O(pool)."""
+        other = Core(0, 0)
+        other.pool = self.pool.copy()
+        other.sequences = {key: seq.copy() for key, seq in self.sequences.items()}
+        other.running = [other.sequences[seq.request.request_id] for seq in self.running]
+        other.waiting = WaitingQueue(
+            other.sequences[seq.request.request_id] for seq in self.waiting.in_order()
+        )
+        other.free_slots = self.free_slots.copy()
+        other.step = self.step
+        other.arrivals = self.arrivals
+        return other
+
+    def check(self) -> None:
+        """Assert the invariants of pool, sequences and slots. O(pool); for tests."""
+        self.pool.check(seq.owned_blocks() for seq in self.running)
+        waiting = self.waiting.in_order()
+        assert len(self.running) + len(waiting) == len(self.sequences), "a sequence is lost"
+        assert [seq.rank for seq in self.running] == sorted(seq.rank for seq in self.running)
+        slots = [seq.slot for seq in self.running]
+        assert len(set(slots + self.free_slots)) == len(slots) + len(self.free_slots)
+        for seq in waiting:
+            assert seq.slot == NO_SLOT
+            assert seq.num_blocks == seq.num_computed == 0
+        writable: set[int] = set()
+        for seq in self.running:
+            assert seq.slot != NO_SLOT
+            assert seq.num_pending >= 0
+            assert seq.num_total <= seq.max_total
+            assert seq.num_blocks_named <= seq.num_blocks
+            # Named blocks are full; a step writes only behind them.
+            writable.update(seq.block_ids[seq.num_blocks_named : seq.num_blocks].tolist())
+        owners: dict[int, int] = {}
+        for seq in self.running:
+            for block in seq.owned_blocks():
+                owners[block] = owners.get(block, 0) + 1
+        assert all(owners[block] == 1 for block in writable), "a writable block is shared"
+
+    def _stop(self, seq: Sequence) -> None:
+        self.running.remove(seq)
+        heapq.heappush(self.free_slots, seq.slot)
+        self.pool.release(seq.owned_blocks())
+        seq.clear_cache()
+
+
+def _rank(seq: Sequence) -> tuple[int, int]:
+    return seq.rank

@@ -1,0 +1,1 @@
+"""The decoder and the sampler: what one step computes on the device."""

@@ -1,0 +1,60 @@
+"""How the decoder reaches the attention kernels: resolved once, sharded by KV head.
+
+The only module that imports `pallas_kernels`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import jax
+from jax.sharding import Mesh
+from jax.sharding import PartitionSpec as P
+
+from pallas_kernels import paged_attention as pa
+from pallas_kernels.paged_attention import Ragged, kv_pool_shape, resolve_backend
+
+__all__ = ["Attention", "Ragged", "kv_pool_shape", "resolve_backend"]
+
+TENSOR = "tensor"  # the mesh axis that heads are split over
+
+
+@dataclasses.dataclass(frozen=True)
+class Attention:
+    """Paged attention by one backend, on one device or split by KV head over a mesh."""
+
+    backend: pa.Backend
+    mesh: Mesh | None = None
+
+    def prepare(self, ragged: Ragged, block_size: int) -> Any:
+        """Once a step; the result serves every layer."""
+        return pa.prepare(ragged, block_size=block_size, backend=self.backend)
+
+    def __call__(
+        self,
+        q_TNH: jax.Array,
+        k_TKH: jax.Array,
+        v_TKH: jax.Array,
+        kv_pool: jax.Array,
+        work: Any,
+        first_block: jax.Array,
+        scale: float,
+    ) -> tuple[jax.Array, jax.Array]:
+        """See `pallas_kernels.paged_attention.paged_attention`."""
+
+        def attend(q, k, v, pool, work, first_block):
+            return pa.paged_attention(
+                q, k, v, pool, work, first_block=first_block, scale=scale, backend=self.backend
+            )
+
+        if self.mesh is not None and self.mesh.shape[TENSOR] > 1:
+            heads = P(None, TENSOR)  # the second axis of q, k, v and of the pool
+            attend = jax.shard_map(
+                attend,
+                mesh=self.mesh,
+                in_specs=(heads, heads, heads, heads, P(), P()),
+                out_specs=(heads, heads),
+                check_vma=False,  # the kernels' loops carry replicated indices
+            )
+        return attend(q_TNH, k_TKH, v_TKH, kv_pool, work, first_block)

@@ -1,0 +1,233 @@
+"""One decoder for the whole Llama family, read top-down; variants are values of `Architecture`.
+
+Each weight is declared once, with its shape, its logical axes and its initialiser. Layers are
+stacked on a leading axis and scanned, and the KV pool of all layers is carried through the
+scan as one flat array, which XLA updates in place.
+
+Suffixes name dimensions (legend in engine/types.py): ``x_TD`` is [T, D].
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from engine.config import Architecture
+from engine.model.attention import Attention, Ragged
+
+# A weight's logical axes; runtime/mesh.py says which mesh axis each is split over.
+LAYERS, VOCAB, EMBED, HEADS, KV_HEADS, FFN = "layers", "vocab", "embed", "heads", "kv_heads", "ffn"
+
+
+class Weight(nnx.Param):
+    """A parameter that knows its logical axes (`axes`, one name or None a dimension)."""
+
+
+def _weight(
+    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any
+) -> Weight:
+    """A matrix, random at the scale that keeps activations near one."""
+    scale = 1.0 / math.sqrt(shape[-2])
+    value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype)
+    return Weight(value, axes=axes)
+
+
+class Linear(nnx.Module):
+    """x @ kernel (+ bias); the kernel is [in, out], in the scan [L, in, out]."""
+
+    def __init__(self, rngs, shape, axes, dtype, *, use_bias: bool = False):
+        self.kernel = _weight(rngs, shape, axes, dtype)
+        bias_shape = (*shape[:-2], shape[-1])
+        bias_axes = (*axes[:-2], axes[-1])
+        self.bias = Weight(jnp.zeros(bias_shape, dtype), axes=bias_axes) if use_bias else None
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        y = _dot(x, self.kernel[...])
+        return y if self.bias is None else y + jnp.expand_dims(self.bias[...], 0)
+
+
+class RMSNorm(nnx.Module):
+    """Root-mean-square norm over the last axis, computed in float32 (Zhang & Sennrich, 2019)."""
+
+    def __init__(self, shape, axes, dtype, epsilon: float):
+        self.scale = Weight(jnp.ones(shape, dtype), axes=axes)
+        self.epsilon = epsilon
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        wide = x.astype(jnp.float32)
+        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
+        normed = (wide * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
+        return normed * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+
+
+class Embed(nnx.Module):
+    """Token embeddings, [V, D]; also the output projection where the two are tied."""
+
+    def __init__(self, rngs, arch: Architecture, dtype):
+        shape = (arch.vocab_size, arch.hidden_size)
+        self.weight = Weight(
+            jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(0.02, dtype),
+            axes=(VOCAB, EMBED),
+        )
+
+    def __call__(self, token_ids: jax.Array) -> jax.Array:
+        return self.weight[...][token_ids]
+
+    def as_logits(self, x_SD: jax.Array) -> jax.Array:
+        """x @ weight.T in float32."""
+        return _dot_general(x_SD, self.weight[...], ((1,), (1,)))
+
+
+class DecoderLayer(nnx.Module):
+    """Attention and feed-forward, each normed before and added after. Weights of all layers."""
+
+    def __init__(self, rngs: nnx.Rngs, arch: Architecture, dtype):
+        self.arch = arch
+        layers, width, ffn = arch.num_layers, arch.hidden_size, arch.intermediate_size
+        q_width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+
+        def linear(rows, columns, row_axis, column_axis, use_bias=False):
+            axes = (LAYERS, row_axis, column_axis)
+            return Linear(rngs, (layers, rows, columns), axes, dtype, use_bias=use_bias)
+
+        def norm(size, axis):
+            return RMSNorm((layers, size), (LAYERS, axis), dtype, arch.rms_norm_eps)
+
+        self.attn_norm = norm(width, EMBED)
+        self.q_proj = linear(width, q_width, EMBED, HEADS, arch.qkv_bias)
+        self.k_proj = linear(width, kv_width, EMBED, KV_HEADS, arch.qkv_bias)
+        self.v_proj = linear(width, kv_width, EMBED, KV_HEADS, arch.qkv_bias)
+        self.q_norm = norm(arch.head_dim, None) if arch.qk_norm else None
+        self.k_norm = norm(arch.head_dim, None) if arch.qk_norm else None
+        self.o_proj = linear(q_width, width, HEADS, EMBED)
+        self.mlp_norm = norm(width, EMBED)
+        self.gate_proj = linear(width, ffn, EMBED, FFN)
+        self.up_proj = linear(width, ffn, EMBED, FFN)
+        self.down_proj = linear(ffn, width, FFN, EMBED)
+
+    def __call__(self, x_TD, kv_pool, rope, attend):
+        attended, kv_pool = self._attend(self.attn_norm(x_TD), kv_pool, rope, attend)
+        x_TD = x_TD + attended
+        return x_TD + self._feed_forward(self.mlp_norm(x_TD)), kv_pool
+
+    def _attend(self, x_TD, kv_pool, rope, attend):
+        arch, tokens = self.arch, x_TD.shape[0]
+        q_TNH = self.q_proj(x_TD).reshape(tokens, arch.num_heads, arch.head_dim)
+        k_TKH = self.k_proj(x_TD).reshape(tokens, arch.num_kv_heads, arch.head_dim)
+        v_TKH = self.v_proj(x_TD).reshape(tokens, arch.num_kv_heads, arch.head_dim)
+        if self.q_norm is not None and self.k_norm is not None:
+            q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
+        q_TNH, k_TKH = apply_rope(q_TNH, rope), apply_rope(k_TKH, rope)
+        out_TNH, kv_pool = attend(q_TNH, k_TKH, v_TKH, kv_pool)
+        return self.o_proj(out_TNH.reshape(tokens, -1)), kv_pool
+
+    def _feed_forward(self, x_TD):
+        return self.down_proj(jax.nn.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+
+
+class Decoder(nnx.Module):
+    """Token ids in, hidden states out; `logits` turns chosen hidden states into scores."""
+
+    def __init__(self, arch: Architecture, dtype: Any, rngs: nnx.Rngs):
+        self.arch = arch
+        self.embed = Embed(rngs, arch, dtype)
+        self.layers = DecoderLayer(rngs, arch, dtype)
+        self.final_norm = RMSNorm((arch.hidden_size,), (EMBED,), dtype, arch.rms_norm_eps)
+        head = Linear(rngs, (arch.hidden_size, arch.vocab_size), (EMBED, VOCAB), dtype)
+        self.lm_head = None if arch.tie_embeddings else head
+
+    def __call__(
+        self, token_ids: jax.Array, kv_pool: jax.Array, ragged: Ragged, attention: Attention
+    ) -> tuple[jax.Array, jax.Array]:
+        """Compute a ragged batch, writing its keys and values into the pool.
+
+        Args:
+          token_ids: int32[T].
+          kv_pool: shaped by `kv_pool_shape`; donate it.
+          ragged: which sequence and position each token has.
+          attention: the kernels to use.
+
+        Returns:
+          Normed hidden states [T, D] in the model's dtype, and the pool.
+        """
+        arch = self.arch
+        work = attention.prepare(ragged, block_size=kv_pool.shape[2])
+        rope = rope_angles(ragged.positions, arch)
+        num_blocks = kv_pool.shape[0] // arch.num_layers
+        definition, weights = nnx.split(self.layers)
+
+        def run_layer(carry, layer):
+            x_TD, pool = carry
+            layer_weights, index = layer
+            module = nnx.merge(definition, layer_weights)
+
+            def attend(q, k, v, pool):
+                return attention(q, k, v, pool, work, index * num_blocks, arch.head_dim**-0.5)
+
+            return module(x_TD, pool, rope, attend), None
+
+        indices = jnp.arange(arch.num_layers, dtype=jnp.int32)
+        (x_TD, kv_pool), _ = jax.lax.scan(
+            run_layer, (self.embed(token_ids), kv_pool), (weights, indices)
+        )
+        return self.final_norm(x_TD), kv_pool
+
+    def logits(self, x_SD: jax.Array) -> jax.Array:
+        """Scores over the vocabulary, float32[S, V]."""
+        if self.lm_head is None:
+            return self.embed.as_logits(x_SD)
+        return _dot_general(x_SD, self.lm_head.kernel[...], ((1,), (0,)))
+
+
+def abstract_decoder(arch: Architecture, dtype: Any) -> Decoder:
+    """A decoder whose weights are shapes only: nothing is computed or allocated."""
+    return nnx.eval_shape(lambda: Decoder(arch, dtype, nnx.Rngs(0)))
+
+
+def rope_frequencies(arch: Architecture) -> np.ndarray:
+    """Radians a position for each pair of a head's dimensions, float32[H / 2].
+
+    RoFormer (Su et al., 2021); Llama 3 slows long wavelengths by `factor` and blends between.
+    """
+    exponent = np.arange(0, arch.head_dim, 2, dtype=np.float32) / arch.head_dim
+    frequency = (1.0 / arch.rope_theta**exponent).astype(np.float32)
+    scaling = arch.rope_scaling
+    if scaling is None:
+        return frequency
+    wavelength = 2 * np.pi / frequency
+    turns = scaling.original_max_position / wavelength
+    blend = (turns - scaling.low_freq_factor) / (scaling.high_freq_factor - scaling.low_freq_factor)
+    blend = np.clip(blend, 0.0, 1.0)
+    return (frequency * blend + frequency / scaling.factor * (1 - blend)).astype(np.float32)
+
+
+def rope_angles(positions: jax.Array, arch: Architecture) -> tuple[jax.Array, jax.Array]:
+    """Cosine and sine for each token, float32[T, 1, H / 2] each."""
+    frequency = jnp.asarray(rope_frequencies(arch))
+    angles = positions.astype(jnp.float32)[:, None, None] * frequency[None, None]
+    return jnp.cos(angles), jnp.sin(angles)
+
+
+def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
+    """Rotate the pairs (i, i + H/2) of each head of x [T, heads, H], in float32."""
+    cos, sin = rope
+    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
+    rotated = (first * cos - second * sin, second * cos + first * sin)
+    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+
+
+def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
+    return _dot_general(x, kernel, ((x.ndim - 1,), (0,)), x.dtype)
+
+
+def _dot_general(x, kernel, contract, dtype=jnp.float32) -> jax.Array:
+    # TPUs multiply float32 in bfloat16 unless told otherwise.
+    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
+    return jax.lax.dot_general(
+        x, kernel, (contract, ((), ())), precision=precision, preferred_element_type=dtype
+    )

@@ -1,0 +1,1 @@
+"""Generated stubs, checked in; `make proto` writes them from ``proto/``."""

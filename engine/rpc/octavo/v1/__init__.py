@@ -1,0 +1,1 @@
+"""Proto package ``octavo.v1``: the engine's own service."""

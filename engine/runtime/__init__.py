@@ -1,0 +1,1 @@
+"""What runs the plans: mesh, cache memory, compiled steps, and the loop that drives them."""

@@ -1,0 +1,1 @@
+"""The gRPC service: messages, errors, calls, and the life of the server."""

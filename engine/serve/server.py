@@ -1,0 +1,271 @@
+"""The life of the gRPC server: bind, load, serve, drain.
+
+The event loop has a thread of its own, so health checks are answered while the main thread
+loads the model, and the main thread stays free for signals.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import ipaddress
+import logging
+import shutil
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Callable, Coroutine, Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import grpc.aio
+from grpc_health.v1 import health, health_pb2, health_pb2_grpc
+from grpc_reflection.v1alpha import reflection
+
+from engine.config import Config, ServerConfig
+from engine.rpc.octavo.v1 import generation_pb2_grpc
+from engine.serve.errors import ErrorInterceptor
+from engine.serve.service import SERVICE_NAME, GenerationService
+
+if TYPE_CHECKING:
+    from engine.frontend import Engine
+
+log = logging.getLogger("octavo.serve")
+
+GRACE_SECONDS = 5.0  # for streams to end by themselves when the server stops
+ABORT_SECONDS = 2.0  # for aborted streams to say goodbye after that
+
+_DEFAULT = ServerConfig()
+
+
+class AddressUnavailable(RuntimeError):
+    """The server can't listen where it was told to."""
+
+
+class Server:
+    """A gRPC server that first answers health checks, and calls once it has an engine.
+
+    Args:
+      config: where to listen, and the limits.
+      grace: seconds that streams have to end by themselves when the server stops.
+    """
+
+    def __init__(self, config: ServerConfig, *, grace: float = GRACE_SECONDS):
+        self._config = config
+        self._grace = grace
+        self._port = config.port
+        self._service = GenerationService(config.max_concurrent)
+        self._health = health.aio.HealthServicer()  # type: ignore[missing-attribute]
+        self._server: grpc.aio.Server | None = None
+
+    @property
+    def address(self) -> str:
+        """`host:port` where clients on this machine reach the server."""
+        host = self._config.host
+        with contextlib.suppress(ValueError):
+            if (ip := ipaddress.ip_address(host)).is_unspecified:
+                host = "127.0.0.1" if ip.version == 4 else "::1"
+        return _join(host, self._port)
+
+    async def start(self) -> None:
+        """Listen. Health is NOT_SERVING, and calls are UNAVAILABLE, until `set_engine`.
+
+        Raises:
+          AddressUnavailable: the port is busy, or the host is not one of this machine.
+        """
+        await self._set_health(health_pb2.HealthCheckResponse.NOT_SERVING)
+        config = self._config
+        if reason := _why_unavailable(config.host, config.port):
+            raise AddressUnavailable(reason)
+        address = _join(config.host, config.port)
+        self._server = self._make_server()
+        try:
+            self._port = self._server.add_insecure_port(address)
+        except RuntimeError as error:  # taken since we looked
+            raise AddressUnavailable(f"can't listen on {address}: {error}") from None
+        await self._server.start()
+        if not _is_loopback(config.host):
+            log.warning("%s has no authentication: whoever reaches it may use it", address)
+
+    async def set_engine(self, engine: Engine) -> None:
+        """Begin to serve: health is SERVING from here on."""
+        self._service.set_engine(engine)
+        await self._set_health(health_pb2.HealthCheckResponse.SERVING)
+
+    async def stop(self) -> None:
+        """Refuse new calls, let streams end for a while, abort the rest, stop listening."""
+        self._service.shut_down()
+        await self._health.enter_graceful_shutdown()
+        if not await self._service.wait_idle(self._grace):
+            self._service.abort_streams()
+            await self._service.wait_idle(ABORT_SECONDS)
+        if self._server is not None:
+            await self._server.stop(grace=0.5)
+
+    def _make_server(self) -> grpc.aio.Server:
+        server = grpc.aio.server(
+            interceptors=[ErrorInterceptor(frozenset([SERVICE_NAME]))],
+            options=_options(self._config),
+        )
+        generation_pb2_grpc.add_GenerationServicer_to_server(self._service, server)
+        health_pb2_grpc.add_HealthServicer_to_server(self._health, server)
+        services = (SERVICE_NAME, health.SERVICE_NAME, reflection.SERVICE_NAME)
+        reflection.enable_server_reflection(services, server)
+        return server
+
+    async def _set_health(self, status: health_pb2.HealthCheckResponse.ServingStatus) -> None:
+        for service in ("", SERVICE_NAME):
+            await self._health.set(service, status)
+
+
+def run_server(
+    config: Config, record: str | None = None, progress: Callable[..., None] | None = None
+) -> int:
+    """Serve a config until SIGINT or SIGTERM. The implementation of `octavo serve`.
+
+    Args:
+      config: the whole config.
+      record: a file to which the engine writes its event log.
+      progress: passed to `Engine.from_config`.
+
+    Returns:
+      The exit code: 0 after a signal, 1 if the address is not available.
+    """
+
+    def load() -> Engine:
+        from engine.frontend import Engine
+
+        return Engine.from_config(config, record=record, progress=progress)
+
+    return serve(config.server, load)
+
+
+def serve(config: ServerConfig, load: Callable[[], Engine], grace: float = GRACE_SECONDS) -> int:
+    """Listen, load the engine, serve until a signal, close the engine.
+
+    The address is taken before the engine is loaded: a busy port shows at once, not after a
+    minute of loading. Exceptions of `load` pass through. Returns the exit code.
+    """
+    server = Server(config, grace=grace)
+    with background_loop() as run:
+        try:
+            run(server.start())
+        except AddressUnavailable as error:
+            print(f"octavo: {error}", file=sys.stderr)
+            return 1
+        with contextlib.ExitStack() as cleanup:
+            cleanup.callback(lambda: run(server.stop()))  # if loading fails
+            engine = load()
+            cleanup.callback(engine.close)
+            cleanup.callback(lambda: run(server.stop()))  # before the engine closes
+            run(server.set_engine(engine))
+            print(_ready_line(engine.model_info().name, server.address), flush=True)
+            _wait_for_signal()
+    return 0
+
+
+@contextlib.contextmanager
+def background_loop() -> Iterator[Callable[[Coroutine[Any, Any, Any]], Any]]:
+    """Run an event loop in a thread; gives a function that runs a coroutine there."""
+    loop = _new_event_loop()
+    thread = threading.Thread(target=loop.run_forever, name="octavo-serve")
+    thread.start()
+
+    def run(coroutine: Coroutine[Any, Any, Any]) -> Any:
+        return asyncio.run_coroutine_threadsafe(coroutine, loop).result()
+
+    try:
+        yield run
+    finally:
+        run(loop.shutdown_asyncgens())
+        run(loop.shutdown_default_executor())
+        loop.call_soon_threadsafe(loop.stop)
+        thread.join()
+        loop.close()
+
+
+def _new_event_loop() -> asyncio.AbstractEventLoop:
+    """uvloop where it exists, which is everywhere but on Windows."""
+    if sys.platform == "win32":
+        return asyncio.new_event_loop()
+    import uvloop
+
+    return uvloop.new_event_loop()
+
+
+def _wait_for_signal() -> None:
+    """Return at the first SIGINT or SIGTERM; a second one has its usual effect again."""
+    stop = threading.Event()
+    signals = (signal.SIGINT, signal.SIGTERM)
+    previous = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
+    try:
+        stop.wait()
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
+
+
+def _options(config: ServerConfig) -> list[tuple[str, int]]:
+    return [
+        # Two servers on one port would share its connections in silence.
+        ("grpc.so_reuseport", 0),
+        ("grpc.max_receive_message_length", config.max_message),
+        # A client whose machine vanished sends no goodbye: without pings, its stream would
+        # hold cache blocks until TCP gives up, which takes a quarter of an hour.
+        ("grpc.keepalive_time_ms", 30_000),
+        ("grpc.keepalive_timeout_ms", 10_000),
+        ("grpc.http2.max_pings_without_data", 0),  # no limit
+        # How often clients may ping us.
+        ("grpc.http2.min_ping_interval_without_data_ms", 10_000),
+    ]
+
+
+def _why_unavailable(host: str, port: int) -> str | None:
+    """Try to listen with a plain socket, for gRPC doesn't say why it can't."""
+    try:
+        family, kind, protocol, _, address = socket.getaddrinfo(
+            host, port, type=socket.SOCK_STREAM, flags=socket.AI_PASSIVE
+        )[0]
+    except (socket.gaierror, UnicodeError) as error:
+        return f"server.host {host!r} can't be resolved ({error}); use 127.0.0.1 or 0.0.0.0"
+    with socket.socket(family, kind, protocol) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        try:
+            probe.bind(address)
+            probe.listen()
+        except OSError as error:
+            return (
+                f"can't listen on {_join(host, port)}: {error.strerror}; stop what listens "
+                "there, or choose another with --set server.port=PORT (0 takes a free one)"
+            )
+    return None
+
+
+def _join(host: str, port: int) -> str:
+    return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
+
+
+def _ready_line(model: str, address: str) -> str:
+    """One line, with a command that works as it stands."""
+    where = "" if address == _join(_DEFAULT.host, _DEFAULT.port) else f"--address {address} "
+    command = f'{_octavo_command()} chat {where}-m "Hello"'
+    return f"Octavo is ready: {model} on {address}. Talk to it: {command}"
+
+
+def _octavo_command() -> str:
+    """How to call the `octavo` of this environment from here, activated or not."""
+    if shutil.which("octavo"):
+        return "octavo"
+    script = Path(sys.executable).with_name("octavo")
+    if not script.exists():
+        return f"{sys.executable} -m engine"
+    with contextlib.suppress(ValueError):
+        return str(script.relative_to(Path.cwd()))
+    return str(script)
+
+
+def _is_loopback(host: str) -> bool:
+    with contextlib.suppress(ValueError):
+        return ipaddress.ip_address(host).is_loopback
+    return host == "localhost"

@@ -1,0 +1,249 @@
+"""The calls of ``octavo.v1.Generation``, over an engine that may still be loading.
+
+A stream holds its request: however the call ends (read to the end, cancelled, deadline,
+lost connection), the engine's stream is closed, and with that every cache block returns.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import functools
+import logging
+import uuid
+from collections.abc import Iterator
+from typing import TYPE_CHECKING, Any
+
+import grpc
+import grpc.aio
+
+from engine import __version__
+from engine.rpc.octavo.v1 import generation_pb2 as pb
+from engine.serve import convert
+from engine.serve.errors import Refused
+from engine.types import Domain, FinishReason, InvalidRequest
+
+if TYPE_CHECKING:
+    from engine.frontend import Delta, Engine
+
+log = logging.getLogger("octavo.serve")
+
+SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Generation"].full_name
+
+
+def domain_of(context: grpc.aio.ServicerContext, request: pb.GenerateRequest) -> Domain:
+    """Who may share cached blocks with this request.
+
+    The tenant comes from who is authenticated. There is no authentication yet, so all callers
+    are one tenant; the client's salt can only narrow the sharing.
+    """
+    del context  # authentication will read it
+    return Domain(tenant="default", salt=convert.cache_salt_from_proto(request))
+
+
+class GenerationService:
+    """Serves the calls; raises exceptions that `ErrorInterceptor` turns into statuses.
+
+    Not a subclass of the generated servicer: its defaults answer UNIMPLEMENTED, while a call
+    that is missing here fails when the server starts.
+
+    Args:
+      max_concurrent: calls of Generate, Tokenize and Detokenize in progress at once.
+    """
+
+    def __init__(self, max_concurrent: int):
+        self._max_concurrent = max_concurrent
+        self._engine: Engine | None = None
+        self._shutting_down = False
+        self._num_calls = 0
+        self._streams: set[str] = set()
+        self._idle = asyncio.Event()
+        self._idle.set()
+
+    def set_engine(self, engine: Engine) -> None:
+        """Begin to serve."""
+        self._engine = engine
+
+    def shut_down(self) -> None:
+        """Refuse new calls; those in progress go on."""
+        self._shutting_down = True
+
+    def abort_streams(self) -> None:
+        """Abort every request in progress."""
+        if self._engine is not None:
+            for request_id in tuple(self._streams):
+                self._engine.abort(request_id)
+
+    async def wait_idle(self, timeout: float) -> bool:
+        """Whether all calls ended within `timeout` seconds."""
+        try:
+            await asyncio.wait_for(self._idle.wait(), timeout)
+        except TimeoutError:
+            return False
+        return True
+
+    async def Generate(
+        self, request: pb.GenerateRequest, context: grpc.aio.ServicerContext
+    ) -> None:
+        # Responses are written from here, not yielded: a cancelled call then always raises
+        # inside this frame, and never leaves the engine's stream to the garbage collector.
+        engine = self._ready_engine()
+        convert.refuse_unknown_fields(request)
+        prompt = convert.prompt_from_proto(request)
+        sampling = convert.sampling_from_proto(request.sampling)
+        domain = domain_of(context, request)
+        with self._call(), self._stream(convert.request_id_from_proto(request)) as request_id:
+            stream = engine.generate(
+                prompt,
+                sampling,
+                request_id=request_id,
+                domain=domain,
+                priority=request.priority,
+                timeout=context.time_remaining(),
+            )
+            finish_reason = None
+            async with contextlib.aclosing(stream):
+                async for delta in stream:
+                    await _write(context, request_id, delta)
+                    finish_reason = delta.finish_reason
+            self._check_end(request_id, finish_reason)
+
+    async def Tokenize(
+        self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.TokenizeResponse:
+        engine = self._ready_engine()
+        convert.refuse_unknown_fields(request)
+        match request.WhichOneof("input"):
+            case "text":
+                special = not request.HasField("add_special_tokens") or request.add_special_tokens
+                encode = functools.partial(engine.tokenizer.encode, request.text, special)
+            case "messages":
+                if request.HasField("add_special_tokens"):
+                    raise InvalidRequest(
+                        "add_special_tokens",
+                        "is for text only, as a chat template writes its own; leave it out",
+                    )
+                messages = convert.messages_from_proto(request.messages)
+                encode = functools.partial(engine.tokenizer.apply_chat_template, messages)
+            case _:
+                raise InvalidRequest("input", "is missing; give text or messages")
+        with self._call():
+            # Megabytes of text take a second, in which streams must go on.
+            token_ids = await asyncio.to_thread(encode)
+        return pb.TokenizeResponse(token_ids=token_ids)
+
+    async def Detokenize(
+        self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
+    ) -> pb.DetokenizeResponse:
+        engine = self._ready_engine()
+        convert.refuse_unknown_fields(request)
+        vocab_size = engine.model_info().architecture.vocab_size
+        token_ids = list(request.token_ids)
+        if token_ids and (largest := max(token_ids)) >= vocab_size:
+            raise InvalidRequest(
+                f"token_ids[{token_ids.index(largest)}]",
+                f"{largest} is not in the vocabulary; token ids are from 0 to {vocab_size - 1}",
+            )
+        skip = not request.HasField("skip_special_tokens") or request.skip_special_tokens
+        with self._call():
+            text = await asyncio.to_thread(
+                engine.tokenizer.decode, token_ids, skip_special_tokens=skip
+            )
+        return pb.DetokenizeResponse(text=text)
+
+    async def GetModelInfo(
+        self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetModelInfoResponse:
+        convert.refuse_unknown_fields(request)
+        return convert.model_info_to_proto(self._ready_engine().model_info(), __version__)
+
+    async def GetStats(
+        self, request: pb.GetStatsRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetStatsResponse:
+        convert.refuse_unknown_fields(request)
+        return convert.stats_to_proto(self._ready_engine(even_late=True).stats())
+
+    async def Abort(
+        self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
+    ) -> pb.AbortResponse:
+        convert.refuse_unknown_fields(request)
+        if not request.request_id:
+            raise InvalidRequest("request_id", "is empty; name the request to end")
+        engine = self._ready_engine(even_late=True)
+        return pb.AbortResponse(aborted=engine.abort(request.request_id))
+
+    def _ready_engine(self, *, even_late: bool = False) -> Engine:
+        """The engine, or UNAVAILABLE. `even_late`: also while the server shuts down."""
+        if self._shutting_down and not even_late:
+            raise Refused(
+                grpc.StatusCode.UNAVAILABLE, "the server is shutting down; try another one"
+            )
+        if self._engine is None:
+            raise Refused(
+                grpc.StatusCode.UNAVAILABLE,
+                "the server is still loading its model; try again when its health is SERVING",
+                retry_after=1.0,
+            )
+        return self._engine
+
+    @contextlib.contextmanager
+    def _call(self) -> Iterator[None]:
+        """Count a call while it is in progress; refuse it above the limit."""
+        if self._num_calls >= self._max_concurrent:
+            raise Refused(
+                grpc.StatusCode.RESOURCE_EXHAUSTED,
+                f"{self._num_calls} calls are in progress, and this server takes no more at once "
+                "(server.max_concurrent); try again later",
+                retry_after=1.0,
+            )
+        self._num_calls += 1
+        self._idle.clear()
+        try:
+            yield
+        finally:
+            self._num_calls -= 1
+            if not self._num_calls:
+                self._idle.set()
+
+    @contextlib.contextmanager
+    def _stream(self, request_id: str | None) -> Iterator[str]:
+        """Reserve the name of a request, or choose one, while its stream is open."""
+        if request_id is None:
+            request_id = uuid.uuid4().hex
+        elif request_id in self._streams:
+            raise Refused(
+                grpc.StatusCode.ALREADY_EXISTS,
+                f"a request named {request_id} is running; choose another request_id, or leave "
+                "it out to let the server choose",
+            )
+        self._streams.add(request_id)
+        try:
+            yield request_id
+        finally:
+            self._streams.remove(request_id)
+
+    def _check_end(self, request_id: str, finish_reason: FinishReason | None) -> None:
+        """Raise the status of an answer that did not end well."""
+        match finish_reason:
+            case FinishReason.DEADLINE:
+                raise Refused(
+                    grpc.StatusCode.DEADLINE_EXCEEDED,
+                    "the deadline of the call passed; allow more time or ask for fewer tokens",
+                )
+            case FinishReason.ABORT if self._shutting_down:
+                raise Refused(
+                    grpc.StatusCode.UNAVAILABLE,
+                    "the server shut down before the answer was complete; try another one",
+                )
+            case FinishReason.ERROR | None:
+                log.error("request %s ended with %s", request_id, finish_reason)
+                raise Refused(
+                    grpc.StatusCode.INTERNAL,
+                    f"the step that carried request {request_id} failed; the server's log says "
+                    "why, and the server goes on: try again",
+                )
+
+
+async def _write(context: Any, request_id: str, delta: Delta) -> None:
+    for response in convert.responses_from_delta(request_id, delta):
+        await context.write(response)

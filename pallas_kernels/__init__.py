@@ -1,0 +1,1 @@
+"""Device kernels, one folder an operation. Imports jax and numpy only, never the engine."""

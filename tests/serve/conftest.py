@@ -1,0 +1,32 @@
+"""A server with a fake engine on a free port, and a client for it."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+
+import pytest
+
+from engine.client import AsyncClient
+from engine.config import ServerConfig
+from engine.serve.server import Server
+from tests.serve.fake_engine import FakeEngine
+
+
+@pytest.fixture
+def fake() -> FakeEngine:
+    return FakeEngine()
+
+
+@pytest.fixture
+async def server(fake: FakeEngine) -> AsyncIterator[Server]:
+    server = Server(ServerConfig(port=0), grace=0.05)
+    await server.start()
+    await server.set_engine(fake)
+    yield server
+    await server.stop()
+
+
+@pytest.fixture
+async def client(server: Server) -> AsyncIterator[AsyncClient]:
+    async with AsyncClient(server.address) as client:
+        yield client

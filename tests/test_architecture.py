@@ -1,0 +1,205 @@
+"""The arrows of docs/architecture.md: who may import whom, what stays light, what stays small.
+
+Imports are read from the syntax tree, those inside functions and under TYPE_CHECKING too; what
+an import drags in at run time is seen in a fresh interpreter.
+"""
+
+from __future__ import annotations
+
+import ast
+import json
+import subprocess
+import sys
+from collections.abc import Iterator
+from functools import cache
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+MAX_LINES = 450  # a file asks to be two from about 400 on
+MAX_LINES_REQUEST_TO_TOKEN = 3000
+
+BELOW_SERVE = {"types", "config", "core", "memory_plan", "model", "runtime", "text", "weights"}
+# For each package or module of the engine, what else of the engine it may import.
+MAY_IMPORT: dict[str, set[str]] = {
+    "types": set(),
+    "config": {"types"},
+    "memory_plan": {"types", "config"},
+    "plan_tables": {"memory_plan"},
+    "core": {"types", "config"},
+    "weights": {"types", "config"},
+    "text": {"types", "config"},
+    "model": {"types", "config", "core", "weights"},
+    "runtime": BELOW_SERVE - {"text"},
+    "replay": {"types", "config", "core"},
+    "loading": BELOW_SERVE,  # from a config to a warm runner
+    "frontend": BELOW_SERVE | {"loading"},
+    "llm": BELOW_SERVE | {"loading", "frontend"},
+    "generate": {"types", "llm"},
+    "rpc": set(),
+    "serve": BELOW_SERVE | {"loading", "frontend", "rpc", "__init__"},  # __init__ holds the version
+    # The wire's translation to and from our types is one file for both ends.
+    "client": {"types", "rpc", "serve.convert"},
+    "chat": {"types", "client"},
+    "bench": BELOW_SERVE | {"loading", "frontend", "llm", "client", "replay"},
+    "__init__": {"types", "llm"},  # on first use only, see `test_importing_the_package_is_free`
+    "__main__": {"cli"},
+}
+ANYTHING = {"cli"}  # stands above all of them
+
+HEAVY = {"flax", "gguf", "grpc", "huggingface_hub", "jax", "jinja2", "orbax", "safetensors"}
+HEAVY |= {"tensorstore", "tokenizers"}
+
+
+def _sources(*roots: str) -> list[Path]:
+    files = [path for root in roots for path in (ROOT / root).rglob("*.py")]
+    return sorted(path for path in files if "_pb2" not in path.name)
+
+
+def _module(path: Path) -> str:
+    """`engine.core.scheduler` for its file; a package's own file is the package."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return ".".join(parts[:-1] if parts[-1] == "__init__" else parts)
+
+
+def _unit(module: str) -> str:
+    """The part of the engine that a module belongs to: `core` for `engine.core.scheduler`."""
+    _, _, rest = module.partition(".")
+    return rest.split(".")[0] or "__init__"
+
+
+@cache
+def _is_module(name: str) -> bool:
+    path = ROOT.joinpath(*name.split("."))
+    return path.is_dir() or path.with_suffix(".py").exists()
+
+
+def _imports(path: Path) -> Iterator[tuple[int, str]]:
+    """(line, module) of every import, wherever it stands; `from a import b` is a.b if that is
+    one of our modules."""
+    for node in ast.walk(ast.parse(path.read_text(), str(path))):
+        if isinstance(node, ast.Import):
+            for alias in node.names:
+                yield node.lineno, alias.name
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path.name}:{node.lineno}: write imports in full"
+            assert node.module
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                ours = node.module.split(".")[0] in ("engine", "pallas_kernels")
+                yield node.lineno, full if ours and _is_module(full) else node.module
+
+
+def _allowed(importer: str, imported: str) -> bool:
+    unit, target = _unit(importer), _unit(imported)
+    if unit in ANYTHING or unit == target:
+        return True
+    allowed = MAY_IMPORT[unit]
+    return target in allowed or imported.removeprefix("engine.") in allowed
+
+
+@pytest.mark.parametrize("path", _sources("engine"), ids=_module)
+def test_a_file_of_the_engine_imports_only_what_stands_below_it(path: Path) -> None:
+    module = _module(path)
+    assert _unit(module) in MAY_IMPORT.keys() | ANYTHING, (
+        f"engine/{_unit(module)} is new: say in {Path(__file__).name} what it may import"
+    )
+    wrong = [
+        f"{path.relative_to(ROOT)}:{line} imports {imported}"
+        for line, imported in _imports(path)
+        if imported.split(".")[0] == "engine" and not _allowed(module, imported)
+    ]
+    assert wrong == []
+
+
+@pytest.mark.parametrize("path", _sources("engine"), ids=_module)
+def test_only_the_model_imports_the_kernels(path: Path) -> None:
+    uses = [line for line, name in _imports(path) if name.split(".")[0] == "pallas_kernels"]
+    assert not uses or _unit(_module(path)) == "model", f"lines {uses}"
+
+
+@pytest.mark.parametrize("path", _sources("pallas_kernels"), ids=_module)
+def test_the_kernels_import_jax_and_numpy_only(path: Path) -> None:
+    allowed = {"jax", "numpy", "pallas_kernels", *sys.stdlib_module_names}
+    assert [name for _, name in _imports(path) if name.split(".")[0] not in allowed] == []
+
+
+@pytest.mark.parametrize(
+    "path",
+    [p for p in _sources("engine") if _unit(_module(p)) in ("types", "config", "core")],
+    ids=_module,
+)
+def test_the_vocabulary_and_the_core_never_name_jax(path: Path) -> None:
+    assert [name for _, name in _imports(path) if name.split(".")[0] in HEAVY] == []
+
+
+def test_the_rules_reject_an_arrow_that_points_up() -> None:
+    assert not _allowed("engine.core.scheduler", "engine.runtime.runner")
+    assert not _allowed("engine.types", "engine.config")
+    assert not _allowed("engine.client", "engine.serve.server")
+    assert _allowed("engine.runtime.runner", "engine.core.batching")
+    assert _unit("engine") == "__init__"
+
+
+def test_the_reader_of_imports_sees_those_inside_functions(tmp_path: Path) -> None:
+    file = tmp_path / "sample.py"
+    file.write_text("def f():\n    from engine.core import scheduler\n    import jax.numpy\n")
+    names = dict(_imports(file))
+    assert names[3] == "jax.numpy"
+    assert names[2].startswith("engine.core")
+
+
+def _loaded_after_importing(*modules: str) -> dict[str, list[str]]:
+    """By module, the heavy packages loaded once it is imported in a fresh interpreter, in the
+    order given: the first that shows one has dragged it in."""
+    script = f"""
+import importlib, json, sys
+loaded = {{}}
+for name in {list(modules)!r}:
+    importlib.import_module(name)
+    loaded[name] = [heavy for heavy in {sorted(HEAVY | {"numpy"})!r} if heavy in sys.modules]
+print(json.dumps(loaded))
+"""
+    command = [sys.executable, "-c", script]
+    result = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout)
+
+
+def test_importing_the_package_is_free() -> None:
+    assert _loaded_after_importing("engine") == {"engine": []}
+
+
+def _modules(*units: str) -> list[str]:
+    return [_module(path) for path in _sources("engine") if _unit(_module(path)) in units]
+
+
+def test_the_command_line_starts_without_heavy_imports() -> None:
+    loaded = _loaded_after_importing(*_modules("__init__", "types", "config", "cli"))
+    assert [name for name, heavy in loaded.items() if set(heavy) - {"numpy"}] == []
+
+
+def test_what_runs_without_a_device_never_loads_jax() -> None:
+    units = ("types", "config", "core", "memory_plan", "plan_tables", "replay", "client", "chat")
+    loaded = _loaded_after_importing(*_modules(*units))
+    assert "engine.config" in loaded
+    assert [name for name, heavy in loaded.items() if "jax" in heavy] == []
+
+
+@pytest.mark.parametrize("path", _sources("engine", "pallas_kernels", "scripts"), ids=_module)
+def test_a_file_is_short_enough_to_read_and_says_what_it_is(path: Path) -> None:
+    text = path.read_text()
+    assert len(text.splitlines()) <= MAX_LINES
+    assert not text.strip() or ast.get_docstring(ast.parse(text)), "no module docstring"
+
+
+def test_the_path_from_request_to_token_reads_in_an_hour() -> None:
+    path = [ROOT / "engine" / "types.py", *_sources("engine/core", "engine/model")]
+    path += (ROOT / "engine" / "runtime").glob("runner*.py")
+    assert sum(len(file.read_text().splitlines()) for file in path) < MAX_LINES_REQUEST_TO_TOKEN
+
+
+def test_the_proto_folder_is_no_package() -> None:
+    assert (ROOT / "proto").is_dir()
+    assert list((ROOT / "proto").rglob("__init__.py")) == []  # it would shadow proto-plus
