@@ -5,6 +5,7 @@ Nothing heavy is imported here, so that `octavo --help` answers at once.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import sys
@@ -97,11 +98,12 @@ def generate(
     from engine.llm import LLM
 
     loaded = _load(config, set_)
-    with (
-        _progress() as progress,
-        LLM.from_config(loaded, record=_text(record), progress=progress) as llm,
-    ):
-        return generate_file(llm, input_, output, progress)
+    with _progress() as progress:
+
+        def load() -> LLM:
+            return LLM.from_config(loaded, record=_text(record), progress=progress)
+
+        return generate_file(load, input_, output, progress)
 
 
 @app.command
@@ -119,8 +121,6 @@ def plan(
       hbm: memory of one chip, such as 16GiB; without it, the config's own pool is shown.
       json: print JSON instead of tables.
     """
-    import dataclasses
-
     from engine import memory_plan
     from engine.config import parse_size, resolve_source
 
@@ -180,6 +180,126 @@ def convert(source: str, output: Path, /, *, dtype: str = "bfloat16") -> int:
         run(source, output, dtype, lambda done, total: progress("Converting", done, total))
     print(f"wrote {output}; use it as model.source")
     return 0
+
+
+@cyclopts.Parameter(name="*")
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Workload:
+    """What to send, how often, and where the report goes.
+
+    Attributes:
+      workload: JSON lines as `octavo generate` takes them; without it, random tokens.
+      num_requests: of random tokens.
+      input_len: tokens of each random prompt.
+      output_len: tokens of each of their answers.
+      shared_prefix: tokens that all random prompts begin with.
+      seed: of random tokens and arrivals.
+      repeat: runs that count; medians are shown.
+      warm_up: whether a run that doesn't count comes first.
+      output: file for the report in JSON.
+    """
+
+    workload: Path | None = None
+    num_requests: int | None = None
+    input_len: int | None = None
+    output_len: int | None = None
+    shared_prefix: int | None = None
+    seed: int | None = None
+    repeat: int = 1
+    warm_up: bool = True
+    output: Path | None = None
+
+    def arguments(self) -> dict[str, Any]:
+        """As the functions of `engine.bench` take them."""
+        from engine.bench import Synthetic, WorkloadError
+
+        names = ("num_requests", "input_len", "output_len", "shared_prefix", "seed")
+        given = {name: getattr(self, name) for name in names}
+        drawn = {name: value for name, value in given.items() if value is not None}
+        if self.workload is not None and drawn:
+            option = min(drawn).replace("_", "-")
+            raise WorkloadError(f"--{option} is for random tokens; leave it out with --workload")
+        return {
+            "workload": self.workload,
+            "synthetic": None if self.workload else Synthetic(**drawn),
+            "repeat": self.repeat,
+            "warm_up": self.warm_up,
+            "output": self.output,
+        }
+
+
+@bench.command
+def throughput(
+    workload: Workload = Workload(), *, config: ConfigPath, set_: Overrides = None
+) -> int:
+    """Send all requests at once to an engine in this process.
+
+    Args:
+      config: a YAML file; see configs/.
+    """
+    from engine import bench
+
+    with _progress() as progress:
+        return bench.throughput(
+            config, overrides=set_ or (), progress=progress, **workload.arguments()
+        )
+
+
+@bench.command
+def latency(
+    workload: Workload = Workload(),
+    *,
+    config: ConfigPath,
+    set_: Overrides = None,
+    concurrency: int | None = None,
+    request_rate: float | None = None,
+) -> int:
+    """Send requests one after the other to an engine in this process.
+
+    Args:
+      config: a YAML file; see configs/.
+      concurrency: requests under way at once; 1 if neither this nor a rate is given.
+      request_rate: requests a second, arriving at random, instead.
+    """
+    from engine import bench
+
+    with _progress() as progress:
+        return bench.latency(
+            config,
+            overrides=set_ or (),
+            concurrency=concurrency,
+            request_rate=request_rate,
+            progress=progress,
+            **workload.arguments(),
+        )
+
+
+@bench.command(name="serve")
+def bench_serve(
+    workload: Workload = Workload(),
+    *,
+    address: str = "127.0.0.1:50051",
+    concurrency: int | None = None,
+    request_rate: float | None = None,
+    server_pid: int | None = None,
+) -> int:
+    """Send requests to a running server.
+
+    Args:
+      address: host:port of the server.
+      concurrency: requests under way at once; all at once if neither this nor a rate is given.
+      request_rate: requests a second, arriving at random, instead.
+      server_pid: the server's process, if it runs on this machine, for its memory and CPU time.
+    """
+    from engine import bench
+
+    return bench.serve(
+        address,
+        concurrency=concurrency,
+        request_rate=request_rate,
+        server_pid=server_pid,
+        **workload.arguments(),
+    )
 
 
 class _progress:

@@ -9,22 +9,18 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import functools
 import itertools
 import secrets
 import threading
 import time
-from collections.abc import AsyncGenerator, Callable, Sequence
+from collections.abc import AsyncGenerator, Callable
 from typing import TYPE_CHECKING
 
 from engine.config import Architecture, Config
-from engine.runtime.loop import EngineLoop, News, Rejected, StepRecord
-from engine.text import (
-    Detokenizer,
-    Message,
-    StopChecker,
-    Tokenizer,
-    bad_word_ids,
-)
+from engine.resolve import Prompt, Resolver, deadline_after, is_quick
+from engine.runtime.loop import EngineLoop, EngineStopped, News, Rejected, StepRecord
+from engine.text import Detokenizer, StopChecker, Tokenizer
 from engine.types import (
     Domain,
     FinishReason,
@@ -38,7 +34,7 @@ from engine.types import (
 if TYPE_CHECKING:
     from engine.loading import LoadedEngine
 
-Prompt = str | tuple[int, ...] | tuple[Message, ...]
+__all__ = ["Delta", "Engine", "EngineStats", "EngineStopped", "ModelInfo", "Prompt", "Usage"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -115,15 +111,23 @@ class _Stream:
 
     News pile up in `pending` only as far as the request's own tokens go, so a slow reader
     costs one tuple a token and gets them all in one delta.
+
+    Args:
+      key: the request's id in the step loop. It is never used twice, so that news of a request
+        can't reach a later one of the same name.
     """
 
-    def __init__(self, request: Request, tokenizer: Tokenizer):
-        sampling = request.sampling
-        self.request = request
+    def __init__(self, key: str):
+        self.key = key
+        self.is_aborted = False
         self.pending: list[StepOutput | Rejected] = []
         self.arrived = asyncio.Event()
         self.event_loop = asyncio.get_running_loop()
         self.num_tokens = 0
+
+    def start(self, request: Request, tokenizer: Tokenizer) -> None:
+        """Get ready for the request's tokens."""
+        sampling = request.sampling
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids, sampling.skip_special_tokens)
         self._stop_checker = StopChecker(sampling.stop)
 
@@ -177,6 +181,12 @@ class Engine:
         self.tokenizer = loaded.tokenizer
         self.config = loaded.config
         self._loaded = loaded
+        self._resolver = Resolver(
+            loaded.tokenizer,
+            loaded.limits,
+            loaded.architecture.vocab_size,
+            loaded.eos_token_ids,
+        )
         self._streams: dict[str, _Stream] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count()
@@ -232,46 +242,54 @@ class Engine:
           InvalidRequest: it can't be served as given.
           QueueFull: too many requests wait.
         """
+        received = time.monotonic()
+        sampling = sampling or SamplingParams()
+        number = next(self._numbers)
         if request_id is None:
-            request_id = f"octavo-{next(self._numbers)}-{secrets.token_hex(4)}"
-        request = self._resolve(
-            prompt, sampling or SamplingParams(), request_id, domain or Domain(), priority, timeout
-        )
-        stream = _Stream(request, self.tokenizer)
+            request_id = f"octavo-{number}-{secrets.token_hex(4)}"
+        stream = _Stream(f"{request_id}#{number}")
         with self._lock:
             if request_id in self._streams:
                 raise InvalidRequest("request_id", f"{request_id!r} is already running")
             self._streams[request_id] = stream
-        finished = False
+        ended = False
         try:
-            self._loop.submit(request)
-            while not finished:
+            resolve = functools.partial(
+                self._resolver.resolve,
+                stream.key,
+                prompt,
+                sampling,
+                domain=domain or Domain(),
+                priority=priority,
+                deadline=deadline_after(timeout, since=received),
+            )
+            quick = is_quick(prompt, sampling)
+            request = resolve() if quick else await asyncio.to_thread(resolve)
+            stream.start(request, self.tokenizer)
+            self._submit(stream, request)
+            while not ended:
                 await stream.arrived.wait()
-                try:
-                    delta = stream.take()
-                except Exception:
-                    finished = True  # it was never admitted
-                    raise
-                if delta.finish_reason is not None:
+                delta = stream.take()
+                ended = delta.finish_reason is not None
+                if isinstance(delta.stop_reason, str):
                     # A stop string ends it here first; the step loop learns it now.
-                    finished = not isinstance(delta.stop_reason, str)
-                    if not finished:
-                        self._loop.abort(request_id, FinishReason.STOP)
-                        finished = True
+                    self._loop.abort(stream.key, FinishReason.STOP)
                 yield delta
         finally:
             with self._lock:
-                self._streams.pop(request_id, None)
-            if not finished:
-                self._loop.abort(request_id)
+                if self._streams.get(request_id) is stream:
+                    del self._streams[request_id]
+            if not ended:
+                self._loop.abort(stream.key)
 
     def abort(self, request_id: str) -> bool:
         """End a request with ABORT. Returns whether it was running; thread-safe."""
         with self._lock:
-            known = request_id in self._streams
-        if known:
-            self._loop.abort(request_id)
-        return known
+            stream = self._streams.get(request_id)
+            if stream is not None and not stream.is_aborted:
+                stream.is_aborted = True
+                self._loop.abort(stream.key)
+        return stream is not None
 
     def model_info(self) -> ModelInfo:
         """Which model this is."""
@@ -282,7 +300,7 @@ class Engine:
             dtype=self.config.model.dtype,
             max_model_len=loaded.limits.max_model_len,
             eos_token_ids=loaded.eos_token_ids,
-            weights_fingerprint=loaded.limits.fingerprint,
+            weights_fingerprint=loaded.weights_fingerprint,
         )
 
     def stats(self) -> EngineStats:
@@ -318,73 +336,41 @@ class Engine:
         """Abort what is running and stop the step loop."""
         self._loop.close()
 
-    def _resolve(
-        self,
-        prompt: Prompt,
-        sampling: SamplingParams,
-        request_id: str,
-        domain: Domain,
-        priority: int,
-        timeout: float | None,
-    ) -> Request:
-        """Turn what the client gave into what the scheduler takes."""
-        prompt_ids = self._prompt_ids(prompt)
-        limits, vocab_size = self._loaded.limits, self._loaded.architecture.vocab_size
-        _check_ids("prompt_ids", prompt_ids, vocab_size)
-        _check_ids("stop_token_ids", sampling.stop_token_ids, vocab_size)
-        _check_ids("allowed_token_ids", sampling.allowed_token_ids or (), vocab_size)
-        _check_ids("logit_bias", [token for token, _ in sampling.logit_bias], vocab_size)
-        stop_ids = set(sampling.stop_token_ids)
-        if not sampling.ignore_eos:
-            stop_ids.update(self._loaded.eos_token_ids)
-        room = limits.max_model_len - len(prompt_ids)
-        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
-        return Request(
-            request_id=request_id,
-            prompt_ids=prompt_ids,
-            sampling=sampling,
-            max_tokens=max(1, min(room, sampling.max_tokens or room)),
-            seed=seed,
-            stop_ids=frozenset(stop_ids),
-            bad_word_ids=bad_word_ids(self.tokenizer, sampling.bad_words),
-            domain=domain,
-            priority=priority,
-            deadline=None if timeout is None else time.monotonic() + timeout,
-        )
-
-    def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
-        if isinstance(prompt, str):
-            return tuple(self.tokenizer.encode(prompt))
-        messages = [item for item in prompt if isinstance(item, Message)]
-        if messages:
-            return tuple(self.tokenizer.apply_chat_template(messages))
-        return tuple(item for item in prompt if not isinstance(item, Message))
+    def _submit(self, stream: _Stream, request: Request) -> None:
+        """Hand a request to the step loop, unless it was aborted in the meantime."""
+        with self._lock:
+            if not stream.is_aborted:
+                self._loop.submit(request)
+                return
+        num_prompt = len(request.prompt_ids)
+        aborted = StepOutput(stream.key, (), FinishReason.ABORT, num_prompt, 0)
+        _distribute([(stream, aborted)])
 
     def _deliver(self, news: News) -> None:
         """Called on the step loop's thread: pass each event loop its news in one go."""
         by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, StepOutput | Rejected]]] = {}
         with self._lock:
             for item in news:
-                stream = self._streams.get(item.request_id)
-                if stream is not None:
+                stream = self._streams.get(item.request_id.rpartition("#")[0])
+                if stream is not None and stream.key == item.request_id:
                     by_loop.setdefault(stream.event_loop, []).append((stream, item))
         for event_loop, items in by_loop.items():
             try:
                 event_loop.call_soon_threadsafe(_distribute, items)
             except RuntimeError:  # the event loop is closed: its readers are gone
                 for stream, _ in items:
-                    self._loop.abort(stream.request.request_id)
+                    self._forget(stream)
+
+    def _forget(self, stream: _Stream) -> None:
+        """End a request that nobody will ever read."""
+        with self._lock:
+            name = stream.key.rpartition("#")[0]
+            if self._streams.get(name) is stream:
+                del self._streams[name]
+        self._loop.abort(stream.key)
 
 
 def _distribute(items: list[tuple[_Stream, StepOutput | Rejected]]) -> None:
     for stream, item in items:
         stream.pending.append(item)
         stream.arrived.set()
-
-
-def _check_ids(field: str, ids: Sequence[int], vocab_size: int) -> None:
-    for token in ids:
-        if not isinstance(token, int) or not 0 <= token < vocab_size:
-            raise InvalidRequest(
-                field, f"{token!r} is not a token id; the model has ids 0 to {vocab_size - 1}"
-            )

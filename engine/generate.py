@@ -5,20 +5,28 @@ A line that can't be served becomes a line with an error; the others go on.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import msgspec
 
-from engine.llm import LLM, AnyPrompt, Completion
-from engine.types import InvalidRequest, SamplingParams
+from engine.types import SamplingParams
+
+if TYPE_CHECKING:
+    from engine.llm import LLM, AnyPrompt, Completion
 
 _SAMPLING_FIELDS = {field.name for field in dataclasses.fields(SamplingParams)}
-_PROMPT_FIELDS = ("prompt", "prompt_ids", "messages")
+# What a prompt consists of, and how to call that.
+_PROMPT_FIELDS: dict[str, tuple[type, str]] = {
+    "prompt": (str, "a text"),
+    "prompt_ids": (int, "a list of token ids"),
+    "messages": (dict, "a list of objects with a role and a content"),
+}
 
 
 class Line(NamedTuple):
@@ -30,41 +38,51 @@ class Line(NamedTuple):
     sampling: SamplingParams
 
 
+class LineError(ValueError):
+    """A line that is no request. `index` is which one it would be."""
+
+    def __init__(self, index: int, message: str):
+        super().__init__(message)
+        self.index = index
+
+
 def generate_file(
-    llm: LLM, source: Path, output: Path, progress: Callable[[str, int, int], None] | None = None
+    load: Callable[[], LLM],
+    source: Path,
+    output: Path,
+    progress: Callable[[str, int, int], None] | None = None,
 ) -> int:
     """Generate for every line of a file.
 
     Args:
-      llm: what generates.
+      load: gives what generates. It is called once the files have been opened, because it
+        takes long.
       source: JSON lines, or `-` for standard input; see `parse_line`.
       output: written whole at the end, so it is never half there.
       progress: called with (what is being done, done, in all).
 
     Returns:
       0, or 1 if any line failed.
+
+    Raises:
+      OSError: a file can't be read or written.
     """
     lines = read_lines(source)
-    results: list[dict[str, Any] | None] = [None] * len(lines)
-    requests: list[tuple[AnyPrompt, SamplingParams]] = []
-    places: list[int] = []
-    for place, line in enumerate(lines):
-        if isinstance(line, Line):
-            requests.append((line.prompt, line.sampling))
-            places.append(place)
-        else:
-            results[place] = line
+    results: list[dict[str, Any]] = [line if isinstance(line, dict) else {} for line in lines]
+    requests = {place: line for place, line in enumerate(lines) if isinstance(line, Line)}
+    places = list(requests)
     done = len(lines) - len(requests)
-    for index, result in llm.generate_each(requests):
-        place = places[index]
-        line = lines[place]
-        assert isinstance(line, Line)
-        results[place] = as_line(line.index, result)
-        done += 1
-        if progress:
-            progress("Generating", done, len(lines))
-    _write_atomically(output, (msgspec.json.encode(result) for result in results))
-    failed = [result for result in results if result and "error" in result]
+    with _replacing(output) as file:
+        with load() as llm:
+            asked = ((line.prompt, line.sampling) for line in requests.values())
+            for number, result in llm.generate_each(asked):
+                place = places[number]
+                results[place] = as_line(requests[place].index, result)
+                done += 1
+                if progress:
+                    progress("Generating", done, len(lines))
+        file.writelines(msgspec.json.encode(result) + b"\n" for result in results)
+    failed = [result for result in results if "error" in result]
     if failed:
         print(
             f"octavo: {len(failed)} of {len(lines)} lines failed; first: "
@@ -86,8 +104,8 @@ def read_lines(source: Path) -> list[Line | dict[str, Any]]:
             continue
         try:
             lines.append(parse_line(text, number, len(lines)))
-        except (ValueError, TypeError) as error:
-            lines.append({"index": len(lines), "error": f"line {number}: {error}"})
+        except LineError as error:
+            lines.append({"index": error.index, "error": f"line {number}: {error}"})
     return lines
 
 
@@ -101,39 +119,41 @@ def parse_line(text: bytes, number: int, index: int) -> Line:
       index: which request it is, if it doesn't say.
 
     Raises:
-      ValueError: it is no such JSON; the message says what is wrong.
+      LineError: it is no such JSON; the message says what is wrong.
     """
     try:
         tree = msgspec.json.decode(text)
-    except msgspec.DecodeError as error:
-        raise ValueError(f"not valid JSON: {error}") from None
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError) as error:
+        raise LineError(index, f"not valid JSON: {error}") from None
     if not isinstance(tree, dict):
-        raise ValueError("must be a JSON object")
+        raise LineError(index, "must be a JSON object")
+    own_index = tree.pop("index", index)
+    if type(own_index) is not int or not -(2**63) <= own_index < 2**63:
+        raise LineError(index, f"index is {own_index!r:.40}; it must be a whole number")
     given = [field for field in _PROMPT_FIELDS if field in tree]
     if len(given) != 1:
-        raise ValueError(f"needs exactly one of {', '.join(_PROMPT_FIELDS)}")
-    unknown = tree.keys() - _SAMPLING_FIELDS - {given[0], "index"}
+        raise LineError(own_index, f"needs exactly one of {', '.join(_PROMPT_FIELDS)}")
+    unknown = tree.keys() - _SAMPLING_FIELDS - {given[0]}
     if unknown:
-        raise ValueError(f"unknown field {min(unknown)!r}")
-    index = tree.pop("index", index)
-    if not isinstance(index, int):
-        raise ValueError(f"index is {index!r}; it must be a whole number")
+        raise LineError(own_index, f"unknown field {min(unknown)!r:.40}")
     prompt = tree.pop(given[0])
-    if isinstance(prompt, str) != (given[0] == "prompt"):
-        kind = "a text" if given[0] == "prompt" else "a list"
-        raise ValueError(f"{given[0]} must be {kind}")
+    kind, what = _PROMPT_FIELDS[given[0]]
+    if kind is str:
+        is_right = isinstance(prompt, str)
+    else:
+        is_right = isinstance(prompt, list) and all(type(item) is kind for item in prompt)
+    if not is_right:
+        raise LineError(own_index, f"{given[0]} must be {what}")
     try:
         sampling = msgspec.convert(tree, SamplingParams)
     except msgspec.ValidationError as error:
-        raise ValueError(str(error)) from None
-    return Line(number, index, prompt, sampling)
+        raise LineError(own_index, str(error)) from None
+    return Line(number, own_index, prompt, sampling)
 
 
 def as_line(index: int, result: Completion | Exception) -> dict[str, Any]:
     """What is written for a result."""
     if isinstance(result, Exception):
-        if not isinstance(result, (InvalidRequest, RuntimeError)):
-            raise result
         return {"index": index, "error": str(result)}
     line: dict[str, Any] = {
         "index": index,
@@ -149,13 +169,21 @@ def as_line(index: int, result: Completion | Exception) -> dict[str, Any]:
     return line
 
 
-def _write_atomically(output: Path, lines: Iterator[bytes]) -> None:
-    partial = output.with_name(f".{output.name}.partial")
+@contextlib.contextmanager
+def _replacing(output: Path) -> Iterator[BinaryIO]:
+    """A file that takes the place of `output` if the block ends without an error."""
+    target = output.resolve()  # what a link points to is replaced, not the link
+    in_place = target.exists() and not target.is_file()  # a pipe, or a device
+    partial = target if in_place else target.with_name(f".{target.name}.partial")
     try:
         with open(partial, "wb") as file:
-            for line in lines:
-                file.write(line + b"\n")
-        os.replace(partial, output)
-    except BaseException:
-        partial.unlink(missing_ok=True)
+            yield file
+        if not in_place:
+            os.replace(partial, target)
+    except BaseException as error:
+        if not in_place:
+            with contextlib.suppress(OSError):
+                partial.unlink()
+        if isinstance(error, OSError) and error.filename in (None, str(partial)):
+            raise OSError(error.errno, error.strerror, str(output)) from None
         raise

@@ -3,11 +3,16 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import os
+import queue
 import threading
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Sequence
+from concurrent.futures import Future
 from typing import Any
+
+import numpy as np
 
 from engine import config as config_module
 from engine.config import Config
@@ -85,7 +90,9 @@ class LLM:
           Completions in the order of the prompts.
 
         Raises:
-          InvalidRequest: one of them can't be served as given; none is returned.
+          InvalidRequest: one of them can't be served as given. The others are aborted; see
+            `generate_each` to have them all the same.
+          RuntimeError: the step that carried one of them failed, or the engine was closed.
         """
         if isinstance(prompts, str):
             raise TypeError("prompts is one text; give a list of prompts")
@@ -93,15 +100,17 @@ class LLM:
             sampling = [sampling or SamplingParams()] * len(prompts)
         if len(sampling) != len(prompts):
             raise ValueError(f"{len(prompts)} prompts, but {len(sampling)} sampling parameters")
-        done = dict(self.generate_each(zip(prompts, sampling, strict=True)))
-        for index in range(len(prompts)):
-            if isinstance(error := done[index], Exception):
-                raise error
-        return [done[index] for index in range(len(prompts))]  # type: ignore[misc]
+        done: dict[int, Completion] = {}
+        with contextlib.closing(self.generate_each(zip(prompts, sampling, strict=True))) as results:
+            for index, result in results:
+                if isinstance(result, Exception):
+                    raise result
+                done[index] = result
+        return [done[index] for index in range(len(prompts))]
 
     def generate_each(
         self, requests: Iterable[tuple[AnyPrompt, SamplingParams]], *, max_pending: int = 512
-    ) -> Iterator[tuple[int, Completion | Exception]]:
+    ) -> Generator[tuple[int, Completion | Exception]]:
         """Generate for a stream of requests, and yield each as it finishes.
 
         Args:
@@ -111,19 +120,15 @@ class LLM:
         Yields:
           (index, completion), or (index, error) where a request failed.
         """
-        results: asyncio.Queue[tuple[int, Completion | Exception]] = asyncio.Queue()
-        pending: dict[int, Any] = {}
+        results: queue.SimpleQueue[tuple[int, Completion | Exception]] = queue.SimpleQueue()
+        pending: dict[int, Future[None]] = {}
         source = enumerate(requests)
 
         async def run(index: int, prompt: AnyPrompt, params: SamplingParams) -> None:
             try:
-                result: Completion | Exception = await self._complete(prompt, params)
+                results.put((index, await self._complete(prompt, params)))
             except Exception as error:
-                result = error
-            await results.put((index, result))
-
-        def call(coroutine: Any) -> Any:
-            return asyncio.run_coroutine_threadsafe(coroutine, self._event_loop)
+                results.put((index, error))
 
         try:
             exhausted = False
@@ -133,9 +138,11 @@ class LLM:
                         exhausted = True
                         break
                     index, (prompt, params) = item
-                    pending[index] = call(run(index, prompt, params))
+                    pending[index] = asyncio.run_coroutine_threadsafe(
+                        run(index, prompt, params), self._event_loop
+                    )
                 if pending:
-                    index, result = call(results.get()).result()
+                    index, result = results.get()
                     del pending[index]
                     yield index, result
         finally:
@@ -147,8 +154,11 @@ class LLM:
         return self.engine.model_info()
 
     def close(self) -> None:
-        """Stop the engine and free its memory."""
+        """Abort what is running and stop the engine. Safe to call twice."""
+        if self._event_loop.is_closed():
+            return
         self.engine.close()
+        asyncio.run_coroutine_threadsafe(self._drain(), self._event_loop).result()
         self._event_loop.call_soon_threadsafe(self._event_loop.stop)
         self._thread.join()
         self._event_loop.close()
@@ -158,6 +168,13 @@ class LLM:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    async def _drain(self) -> None:
+        """Let every task come to its end: the engine is closed, so all do."""
+        others = asyncio.all_tasks() - {asyncio.current_task()}
+        await asyncio.gather(*others, return_exceptions=True)
+        await self._event_loop.shutdown_asyncgens()
+        await self._event_loop.shutdown_default_executor()
 
     async def _complete(self, prompt: AnyPrompt, params: SamplingParams) -> Completion:
         while True:
@@ -185,12 +202,16 @@ def as_prompt(prompt: AnyPrompt) -> Prompt:
     """A prompt in the form that the engine takes."""
     if isinstance(prompt, str):
         return prompt
-    if prompt and isinstance(prompt[0], (dict, Message)):
-        return tuple(Message(*m) if isinstance(m, Message) else _message(m) for m in prompt)
+    if isinstance(prompt, np.ndarray):
+        prompt = prompt.tolist()
+    if any(isinstance(item, (dict, Message)) for item in prompt[:1]):
+        return tuple(map(_message, prompt))
     return tuple(prompt)  # type: ignore[arg-type]
 
 
 def _message(message: Any) -> Message:
+    if isinstance(message, Message):
+        return message
     if not isinstance(message, dict) or message.keys() != {"role", "content"}:
         raise InvalidRequest("messages", "each must have a role and a content, and nothing else")
     return Message(message["role"], message["content"])

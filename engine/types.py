@@ -208,6 +208,23 @@ def _check_count(field: str, values: tuple, limit: int) -> None:
         raise InvalidRequest(field, f"has {len(values)} entries, but at most {limit} are taken")
 
 
+class SamplerRow(NamedTuple):
+    """A request's numbers for the sampler; every one of them is exact as a float64."""
+
+    temperature: float
+    top_k: int
+    top_p: float
+    min_p: float
+    repetition_penalty: float
+    presence_penalty: float
+    frequency_penalty: float
+    edits: bool
+    min_tokens: int
+    wants_logprobs: bool
+    seed_low: int
+    seed_high: int
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to generate, as the scheduler takes it: everything is resolved.
@@ -224,6 +241,7 @@ class Request:
       priority: lower runs first; ties go by arrival.
       deadline: time.monotonic() seconds at which the loop aborts it, or None. The scheduler
         has no clock and doesn't read it.
+      sampler_row: follows from the rest; None if an argmax is all it takes.
     """
 
     request_id: str
@@ -236,18 +254,33 @@ class Request:
     domain: Domain = Domain()
     priority: int = 0
     deadline: float | None = None
-    is_plain_greedy: bool = dataclasses.field(init=False, repr=False, default=False)
+    sampler_row: SamplerRow | None = dataclasses.field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
-        """Work out once whether an argmax is all that the request asks of the sampler."""
+        """Work out once what the request asks of the sampler in every step."""
         sampling = self.sampling
-        plain = (
+        if (
             sampling.is_greedy
             and not sampling.edits_logits
             and sampling.logprobs is None
             and sampling.prompt_logprobs is None
+        ):
+            return
+        row = SamplerRow(
+            temperature=sampling.temperature,
+            top_k=sampling.top_k,
+            top_p=sampling.top_p,
+            min_p=sampling.min_p,
+            repetition_penalty=sampling.repetition_penalty,
+            presence_penalty=sampling.presence_penalty,
+            frequency_penalty=sampling.frequency_penalty,
+            edits=sampling.edits_logits,
+            min_tokens=sampling.min_tokens,
+            wants_logprobs=sampling.logprobs is not None,
+            seed_low=self.seed & 0xFFFFFFFF,
+            seed_high=self.seed >> 32,
         )
-        object.__setattr__(self, "is_plain_greedy", plain)
+        object.__setattr__(self, "sampler_row", row)
 
 
 class BlockCopy(NamedTuple):
@@ -288,7 +321,7 @@ class PlanRow(NamedTuple):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class StepPlan:
-    """One step, decided: pure data, equal for equal inputs.
+    """One step, decided: pure data, the same for the same events before it.
 
     Attributes:
       step: counts the plans of this scheduler, from 0.

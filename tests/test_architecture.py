@@ -32,9 +32,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text": {"types", "config"},
     "model": {"types", "config", "core", "weights"},
     "runtime": BELOW_SERVE - {"text"},
-    "replay": {"types", "config", "core"},
     "loading": BELOW_SERVE,  # from a config to a warm runner
-    "frontend": BELOW_SERVE | {"loading"},
+    "resolve": {"types", "core", "text"},
+    "frontend": BELOW_SERVE | {"loading", "resolve"},
     "llm": BELOW_SERVE | {"loading", "frontend"},
     "generate": {"types", "llm"},
     "rpc": set(),
@@ -42,7 +42,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # The wire's translation to and from our types is one file for both ends.
     "client": {"types", "rpc", "serve.convert"},
     "chat": {"types", "client"},
-    "bench": BELOW_SERVE | {"loading", "frontend", "llm", "client", "replay"},
+    "bench": BELOW_SERVE | {"loading", "frontend", "llm", "client", "generate", "__init__"},
     "__init__": {"types", "llm"},  # on first use only, see `test_importing_the_package_is_free`
     "__main__": {"cli"},
 }
@@ -181,7 +181,7 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
 
 
 def test_what_runs_without_a_device_never_loads_jax() -> None:
-    units = ("types", "config", "core", "memory_plan", "plan_tables", "replay", "client", "chat")
+    units = ("types", "config", "core", "memory_plan", "plan_tables", "client", "chat")
     loaded = _loaded_after_importing(*_modules(*units))
     assert "engine.config" in loaded
     assert [name for name, heavy in loaded.items() if "jax" in heavy] == []

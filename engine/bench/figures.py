@@ -17,7 +17,7 @@ import numpy as np
 if TYPE_CHECKING:
     from engine.runtime.loop import StepRecord
 
-PHASES = ("schedule", "build", "launch", "wait", "commit")
+PHASES = ("schedule", "build", "launch", "wait", "commit")  # of the step loop, one by one
 
 
 class Arrived(NamedTuple):
@@ -84,10 +84,15 @@ class Phase:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Steps:
-    """Where the step loop's time went. `wait` is what the host waited for the device.
+    """Where the step loop's time went.
 
-    `launch` holds whatever the backend does before it returns; `outside` is the share of the
-    wall time in no phase: taking requests in, and having nothing to do.
+    Attributes:
+      schedule, build, commit: the host's own work.
+      launch: whatever the backend does before it returns.
+      wait: what the host waited for the device.
+      device: from the end of the step before (or the launch, if later) to the tokens: an upper
+        bound of the device's time, which overlaps with the next step's host work.
+      outside: share of the wall time in no phase but `device`: taking requests in, idling.
     """
 
     count: int
@@ -98,6 +103,7 @@ class Steps:
     launch: Phase
     wait: Phase
     commit: Phase
+    device: Phase
     outside: float
 
 
@@ -126,7 +132,7 @@ class EngineFigures:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class MachineFigures:
-    """CPU and memory of a run; None where the platform doesn't tell.
+    """CPU and memory of a run; None where the platform doesn't tell, or the run is too short.
 
     Attributes:
       own_cores: CPU seconds a second of the process measured (for a server, with the client's).
@@ -218,7 +224,7 @@ def step_figures(records: Sequence[StepRecord], wall: float) -> Steps | None:
     if not records:
         return None
     phases = {}
-    for name in PHASES:
+    for name in (*PHASES, "device"):
         seconds = [getattr(record, name) for record in records]
         p99 = float(np.percentile(seconds, 99))
         phases[name] = Phase(statistics.median(seconds), p99, sum(seconds) / wall)
@@ -227,7 +233,7 @@ def step_figures(records: Sequence[StepRecord], wall: float) -> Steps | None:
         tokens_mean=statistics.fmean(record.num_tokens for record in records),
         rows_mean=statistics.fmean(record.num_rows for record in records),
         **phases,
-        outside=max(0.0, 1 - sum(phase.share for phase in phases.values())),
+        outside=max(0.0, 1 - sum(phases[name].share for name in PHASES)),
     )
 
 

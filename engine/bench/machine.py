@@ -20,6 +20,7 @@ from engine import __version__
 from engine.bench.figures import MachineFigures
 
 _ROOT = Path(__file__).resolve().parents[2]
+_SHORTEST_SECONDS = 1.0  # /proc counts in ticks of 10 ms, on each core
 _SHOWN_PACKAGES = ("jax", "jaxlib", "numpy")
 
 
@@ -48,8 +49,9 @@ class Meter:
             for begin, end in zip(self._begin, self._now(), strict=True)
         )
         assert wall is not None
-        # Both clocks tick in hundredths of a second, so the difference may be just below zero.
-        foreign = None if busy is None or own is None else max(0.0, busy - own) / wall
+        foreign = None
+        if busy is not None and own is not None and wall >= _SHORTEST_SECONDS:
+            foreign = max(0.0, busy - own) / wall  # clock ticks may put it just below zero
         return MachineFigures(
             own_cores=None if own is None else own / wall,
             foreign_cores=foreign,

@@ -19,6 +19,7 @@ from engine.config import Config
 SCHEMA = 1  # of the JSON; goes up when a field changes its meaning or goes away
 BUSY_CORES = 0.05  # foreign load from which on a figure is not worth writing down
 _MAX_FAILURES_SHOWN = 5
+_STEP_LABELS = {"wait": "wait for the device", "device": "device, overlapping"}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -150,7 +151,8 @@ def _title(report: Report) -> Text:
 def _rates(report: Report) -> Table:
     """One figure a row."""
     several = len(report.runs) > 1
-    table = _table("", "median" if several else "", *(["min", "max"] if several else []))
+    table = _table("", *(["median", "min", "max"] if several else [""]))
+    table.show_header = several
 
     def row(label: str, name: str, form: str, scale: float = 1.0) -> None:
         if (spread := report.summary.get(name)) is not None:
@@ -193,15 +195,15 @@ def _latencies(report: Report) -> Table:
 def _steps(report: Report) -> Table:
     summary = report.summary
     table = _table("step time", "median, ms", "p99, ms", "share of wall")
-    for phase in PHASES:
+    for phase in (*PHASES, "device"):
         name = f"engine.steps.{phase}"
         table.add_row(
-            f"{phase} (device)" if phase == "wait" else phase,
+            _STEP_LABELS.get(phase, phase),
             f"{1e3 * summary[f'{name}.median'].median:,.3f}",
             f"{1e3 * summary[f'{name}.p99'].median:,.3f}",
             f"{summary[f'{name}.share'].median:.1%}",
         )
-    table.add_row("outside of steps", "", "", f"{summary['engine.steps.outside'].median:.1%}")
+    table.add_row("outside of phases", "", "", f"{summary['engine.steps.outside'].median:.1%}")
     steps, tokens, rows = (
         summary[f"engine.steps.{name}"].median for name in ("count", "tokens_mean", "rows_mean")
     )

@@ -169,9 +169,9 @@ class Remote:
 
     async def _poll(self, owned: list[float]) -> None:
         while True:
+            await asyncio.sleep(POLL_SECONDS)
             stats = await self._client.stats()
             owned.append(stats.owned_blocks / stats.total_blocks)
-            await asyncio.sleep(POLL_SECONDS)
 
 
 def _fresh_salt() -> str:

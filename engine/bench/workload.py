@@ -48,7 +48,7 @@ class Synthetic:
       input_len: tokens of each prompt, the shared ones included.
       output_len: tokens of each answer.
       shared_prefix: tokens that all prompts begin with.
-      seed: of prompts and arrivals; equal seeds give equal ones on any machine.
+      seed: of prompts and arrivals, below 2**32; equal seeds give equal ones anywhere.
     """
 
     num_requests: int = 64
@@ -66,7 +66,10 @@ class Synthetic:
             ("seed", 0),
         ):
             if (value := getattr(self, name)) < least:
-                raise WorkloadError(f"{_option(name)} is {value}; it must be at least {least}")
+                option = name.replace("_", "-")
+                raise WorkloadError(f"--{option} is {value}; it must be at least {least}")
+        if self.seed >= 2**32:
+            raise WorkloadError(f"--seed is {self.seed}; it must be below 2**32")
         if self.shared_prefix >= self.input_len:
             raise WorkloadError(
                 f"--shared-prefix is {self.shared_prefix}, but prompts have {self.input_len} "
@@ -75,10 +78,10 @@ class Synthetic:
 
     def items(self, vocab_size: int) -> tuple[Item, ...]:
         """The requests, with token ids from 0 to vocab_size - 1."""
-        generator = np.random.default_rng(self.seed)
-        prefix = generator.integers(0, vocab_size, self.shared_prefix).tolist()
+        draw = np.random.RandomState(self.seed)  # legacy, and so frozen for good (NEP 19)
+        prefix = draw.randint(0, vocab_size, self.shared_prefix).tolist()
         own_len = self.input_len - self.shared_prefix
-        own = generator.integers(0, vocab_size, (self.num_requests, own_len)).tolist()
+        own = draw.randint(0, vocab_size, (self.num_requests, own_len)).tolist()
         sampling = SamplingParams(max_tokens=self.output_len, temperature=0.0, ignore_eos=True)
         return tuple(Item((*prefix, *tokens), sampling) for tokens in own)
 
@@ -113,8 +116,8 @@ class Load:
         """Seconds after the start at which each request arrives; None without a rate."""
         if self.request_rate is None:
             return None
-        generator = np.random.default_rng((self.seed, 1))  # not the stream of the prompts
-        return np.cumsum(generator.exponential(1 / self.request_rate, num_requests)).tolist()
+        draw = np.random.RandomState((self.seed, 1))  # not the stream of the prompts
+        return np.cumsum(draw.exponential(1 / self.request_rate, num_requests)).tolist()
 
     def __str__(self) -> str:
         if self.request_rate is not None:
@@ -152,7 +155,3 @@ def read_workload(path: Path) -> tuple[Item, ...]:
     if not items:
         raise WorkloadError(f"{path} has no requests; write one JSON object a line")
     return tuple(items)
-
-
-def _option(field: str) -> str:
-    return "--" + field.replace("_", "-")

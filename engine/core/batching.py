@@ -5,10 +5,12 @@ The only file that pads. Everything is NumPy; a batch depends on its plan alone.
 
 from __future__ import annotations
 
+import itertools
+
 import numpy as np
 
 from engine.config import BucketConfig, SchedulerConfig
-from engine.types import Batch, Bucket, PlanRow, SamplingBatch, StepPlan
+from engine.types import Batch, Bucket, PlanRow, SamplerRow, SamplingBatch, StepPlan
 
 UNKNOWN_TOKEN = -1  # in Batch.token_ids: the token that the row's slot sampled last
 
@@ -17,6 +19,9 @@ def bucket_set(
     buckets: BucketConfig, scheduler: SchedulerConfig, num_blocks: int
 ) -> tuple[Bucket, ...]:
     """Every shape that a step can take, the cheapest first.
+
+    A decode bucket has as many tokens as sequences, and its program may count on one token a
+    row. A prefill bucket has more tokens than sequences.
 
     Args:
       buckets: sizes as configured; where it is empty, powers of four up to the limits.
@@ -29,17 +34,19 @@ def bucket_set(
     prefill_seqs = buckets.prefill_seqs or _powers_of_four(16, max_seqs)
     decode = {Bucket(seqs, seqs, num_blocks) for seqs in decode_seqs}
     prefill = {
-        Bucket(tokens, min(seqs, tokens), num_blocks)
+        Bucket(tokens, min(seqs, tokens - 1), num_blocks)
         for tokens in prefill_tokens
         for seqs in prefill_seqs
+        if tokens > 1
     }
-    # A batch of single tokens that fills no decode bucket is covered, as decode_seqs ends at
-    # max_num_seqs; any other fits the largest prefill bucket, as the scheduler's limits do.
+    # A step of single tokens fits the largest decode bucket, as decode_seqs ends at
+    # max_num_seqs. Any other has fewer sequences than tokens, so it fits the largest prefill
+    # bucket, as the scheduler's limits do.
     return tuple(sorted(decode | prefill))
 
 
 def choose_bucket(plan: StepPlan, buckets: tuple[Bucket, ...]) -> Bucket:
-    """The first bucket that holds the plan. A step of single tokens takes a decode bucket."""
+    """The first bucket that holds the plan; a decode bucket only takes single tokens."""
     num_tokens, num_seqs = plan.num_tokens, len(plan.rows)
     decodes_only = num_tokens == num_seqs
     for bucket in buckets:
@@ -104,29 +111,29 @@ def empty(bucket: Bucket, sink_slot: int) -> Batch:
 
 def _fill_sampling(batch: SamplingBatch, rows: tuple[PlanRow, ...], starts: np.ndarray) -> None:
     """What the rows ask of the sampler; those that need no more than an argmax cost nothing."""
-    special: list[int] = []
-    for index, row in enumerate(rows):
-        request = row.request
-        if request.is_plain_greedy:
-            continue
-        sampling = request.sampling
-        if row.samples:
-            special.append(index)
-            batch.temperature[index] = sampling.temperature
-            batch.top_k[index] = sampling.top_k
-            batch.top_p[index] = sampling.top_p
-            batch.min_p[index] = sampling.min_p
-            batch.repetition_penalty[index] = sampling.repetition_penalty
-            batch.presence_penalty[index] = sampling.presence_penalty
-            batch.frequency_penalty[index] = sampling.frequency_penalty
-            batch.edits[index] = sampling.edits_logits
-            batch.bans_stops[index] = row.output_position < sampling.min_tokens
-            batch.wants_logprobs[index] = sampling.logprobs is not None
-            batch.seeds[index] = (request.seed & 0xFFFFFFFF, request.seed >> 32)
-        if sampling.prompt_logprobs is not None:
-            _add_prompt_targets(batch, row, int(starts[index]))
-    batch.special_rows[: len(special)] = special
-    batch.num_special[...] = len(special)
+    asking = [index for index, row in enumerate(rows) if row.request.sampler_row is not None]
+    for index in asking:
+        if rows[index].request.sampling.prompt_logprobs is not None:
+            _add_prompt_targets(batch, rows[index], int(starts[index]))
+    special = np.array([index for index in asking if rows[index].samples], np.intp)
+    if not special.size:
+        return
+    batch.special_rows[: special.size] = special
+    batch.num_special[...] = special.size
+    # One array for all rows, then by column: stores of single numbers would cost more.
+    sampler_rows = [rows[index].request.sampler_row or () for index in special]
+    numbers = np.fromiter(itertools.chain.from_iterable(sampler_rows), np.float64)
+    by_field = dict(zip(SamplerRow._fields, numbers.reshape(special.size, -1).T, strict=True))
+    for name, values in by_field.items():
+        match name:
+            case "min_tokens":
+                batch.bans_stops[special] = batch.output_positions[special] < values
+            case "seed_low":
+                batch.seeds[special, 0] = values
+            case "seed_high":
+                batch.seeds[special, 1] = values
+            case _:
+                getattr(batch, name)[special] = values
 
 
 def _add_prompt_targets(batch: SamplingBatch, row: PlanRow, first_index: int) -> None:

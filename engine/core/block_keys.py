@@ -25,7 +25,7 @@ def root_key(domain: Domain, *extras: str) -> bytes:
     """
     digest = hashlib.sha256(_VERSION)
     for part in (domain.tenant, domain.salt, *extras):
-        encoded = part.encode()
+        encoded = part.encode("utf-8", "surrogatepass")  # any text must do: it is a client's
         digest.update(struct.pack("<Q", len(encoded)))
         digest.update(encoded)
     return digest.digest()

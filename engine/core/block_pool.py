@@ -83,6 +83,7 @@ class BlockPool:
         """Add an owner to each block, which must be owned or cached."""
         for block in blocks:
             if self._ref_counts[block] == 0:
+                assert block in self._cached, f"block {block} is shared, but it is free"
                 del self._cached[block]
             self._ref_counts[block] += 1
 

@@ -31,12 +31,17 @@ from engine.types import (
     TokenLogprobs,
 )
 
+MAX_INT32 = 2**31 - 1  # block ids, positions and token ids are int32 on the device
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What the scheduler may use. Units: blocks, tokens, sequences.
 
     `fingerprint` names the weights; it goes into every block key.
+
+    Raises:
+      ValueError: a limit is out of range, or a step could not hold one token a sequence.
     """
 
     num_blocks: int
@@ -47,6 +52,24 @@ class Limits:
     max_waiting: int = 1024
     prefix_reuse: bool = True
     fingerprint: str = ""
+
+    def __post_init__(self) -> None:
+        for name in (
+            "num_blocks",
+            "block_size",
+            "max_num_seqs",
+            "max_step_tokens",
+            "max_model_len",
+            "max_waiting",
+        ):
+            value = getattr(self, name)
+            if not 1 <= value <= MAX_INT32:
+                raise ValueError(f"{name} is {value}; it must be from 1 to {MAX_INT32}")
+        if self.max_step_tokens < self.max_num_seqs:
+            raise ValueError(
+                f"max_step_tokens ({self.max_step_tokens}) is below max_num_seqs "
+                f"({self.max_num_seqs}), so a step could not take one token of each sequence"
+            )
 
 
 class StaleState(RuntimeError):
@@ -105,6 +128,7 @@ class SchedulerState:
         core = self._peek()
         return {
             "step": core.step,
+            "in_flight": core.in_flight.copy(),
             "pool": core.pool.counts._asdict(),
             "running": [seq.describe() for seq in core.running],
             "waiting": [seq.describe() for seq in core.waiting.in_order()],
@@ -136,7 +160,8 @@ def admit(state: SchedulerState, limits: Limits, request: Request) -> SchedulerS
     """Queue a request.
 
     Raises:
-      InvalidRequest: it could never run (empty, too long, an id that is in use).
+      InvalidRequest: it could never run (empty, too long, an id that is in use, a token
+        that is no int32).
       QueueFull: `limits.max_waiting` requests wait already. The state is still good after
         either error.
     """
@@ -151,8 +176,15 @@ def admit(state: SchedulerState, limits: Limits, request: Request) -> SchedulerS
             f"has {num_prompt} tokens, but with one token of output the model takes at most "
             f"{limits.max_model_len - 1}; shorten it or raise model.max_model_len",
         )
-    # The last token is sampled but never fed back, so it needs no place in the cache.
-    longest = min(num_prompt + request.max_tokens, limits.max_model_len) - 1
+    for token in (min(request.prompt_ids), max(request.prompt_ids)):
+        if not 0 <= token <= MAX_INT32:
+            raise InvalidRequest("prompt", f"token id {token} is not in [0, {MAX_INT32}]")
+    if request.max_tokens < 1:
+        raise InvalidRequest(
+            "max_tokens", f"{request.max_tokens} is below 1; ask for at least one token"
+        )
+    max_total = min(num_prompt + request.max_tokens, limits.max_model_len)
+    longest = max_total - 1  # the last token is sampled but never fed back into the cache
     if _blocks_for(longest, limits) > limits.num_blocks:
         raise InvalidRequest(
             "max_tokens",
@@ -162,7 +194,7 @@ def admit(state: SchedulerState, limits: Limits, request: Request) -> SchedulerS
     if state.num_waiting >= limits.max_waiting:
         raise QueueFull(f"{limits.max_waiting} requests are waiting already; try again later")
     core = state._take()
-    core.add(request)
+    core.add(request, max_total)
     return SchedulerState(core)
 
 
@@ -197,21 +229,39 @@ def schedule(state: SchedulerState, limits: Limits) -> tuple[SchedulerState, Ste
         for row in rows[num_decodes:]:
             _name_full_blocks(core.sequences[row.request.request_id], core, limits)
     plan = StepPlan(step=core.step, rows=tuple(rows), preempted=tuple(preempted))
+    if rows:
+        core.in_flight.append(core.step)
     core.step += 1
     return SchedulerState(core), plan
 
 
 def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Limits) -> Committed:
-    """Take in what a step computed. Plans are committed in the order they were made.
+    """Take in what a step computed. Rows of requests that ended since its plan are dropped.
 
-    Rows of requests that ended since the plan was made are dropped.
+    Raises:
+      ValueError: plans are not committed once each and in the order they were made (empty
+        ones may be left out), or `tokens` has fewer entries than the plan has rows. The state
+        is still good.
     """
+    in_flight = state._peek().in_flight
+    if plan.rows and plan.step not in in_flight[:1]:
+        raise ValueError(
+            f"step {plan.step} can't be taken in now: "
+            + (f"step {in_flight[0]} is next" if in_flight else "no step is on its way")
+        )
+    if len(tokens.token_ids) < len(plan.rows):
+        raise ValueError(
+            f"step {plan.step} has {len(plan.rows)} rows, but came with "
+            f"{len(tokens.token_ids)} tokens"
+        )
     core = state._take()
+    if plan.rows:
+        core.in_flight.pop(0)
     outputs: list[StepOutput] = []
     sequences = core.sequences
     for index, row in enumerate(plan.rows):
         seq = sequences.get(row.request.request_id)
-        if seq is None or seq.request is not row.request:
+        if seq is None or plan.step < seq.first_step:
             continue
         if index in tokens.prompt_logprobs:
             seq.add_prompt_logprobs(row.start, tokens.prompt_logprobs[index])
@@ -237,15 +287,18 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
 def fail(state: SchedulerState, plans: tuple[StepPlan, ...]) -> Committed:
     """Take in that these plans failed on the device, and the cache's contents with them.
 
-    Their requests end with ERROR; every other running sequence starts over, and no cached
-    block can be matched any more.
+    Give every plan that is not committed: the tokens of one that is left out would still be
+    waited for. Their requests end with ERROR; every other running sequence starts over, and
+    no cached block can be matched any more.
     """
     core = state._take()
     outputs = []
     for plan in plans:
+        if plan.step in core.in_flight:
+            core.in_flight.remove(plan.step)
         for row in plan.rows:
             seq = core.sequences.get(row.request.request_id)
-            if seq is not None and seq.request is row.request:
+            if seq is not None and plan.step >= seq.first_step:
                 outputs.append(_finish(core, seq, (), FinishReason.ERROR))
     while core.running:
         core.preempt(core.running[-1])

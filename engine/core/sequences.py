@@ -27,9 +27,10 @@ class Sequence:
       num_total: tokens including those that planned steps sample but that are not known yet.
       num_computed: positions whose keys and values are in the cache or planned to be.
       max_total: prompt and output at their longest.
+      first_step: the first plan it may be in; an earlier one with its id is another's.
       slot: row of the device state while running, else NO_SLOT.
-      block_ids: int32[capacity]; the first num_blocks entries hold positions 0 onwards. Filled
-        entries never change, so plans may keep views of it.
+      block_ids: int32[capacity], read-only; the first num_blocks entries hold positions 0
+        onwards. Filled entries never change, so plans keep views of it.
       keys: of the blocks whose tokens are known, as far as they were needed.
       num_blocks_named: blocks that others may match.
       num_cached_tokens: prompt tokens found in the cache when the request first ran.
@@ -38,6 +39,7 @@ class Sequence:
 
     __slots__ = (
         "block_ids",
+        "first_step",
         "has_state",
         "keys",
         "max_total",
@@ -55,13 +57,14 @@ class Sequence:
         "was_started",
     )
 
-    def __init__(self, request: Request, rank: tuple[int, int]):
+    def __init__(self, request: Request, rank: tuple[int, int], max_total: int, first_step: int):
         self.request = request
         self.rank = rank
+        self.max_total = max_total
+        self.first_step = first_step
         self.token_ids = list(request.prompt_ids)
         self.num_prompt = len(request.prompt_ids)
         self.num_total = self.num_prompt
-        self.max_total = self.num_prompt + request.max_tokens
         self.num_cached_tokens = 0
         self.keys: list[bytes] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
@@ -89,9 +92,13 @@ class Sequence:
 
     @property
     def needs_whole_prompt(self) -> bool:
-        """Whether every prompt position must be computed, for its log-probabilities."""
+        """Whether every prompt position must be computed, for its log-probabilities.
+
+        They are complete with the first token. Their values must not decide: a plan depends on
+        tokens alone, as a replay has nothing else.
+        """
         asked = self.request.sampling.prompt_logprobs is not None
-        return asked and len(self.prompt_logprobs) < self.num_prompt - 1
+        return asked and len(self.token_ids) == self.num_prompt
 
     def start(
         self, slot: int, shared: list[int], fresh: list[int], capacity: int, block_size: int
@@ -110,7 +117,9 @@ class Sequence:
     def append_blocks(self, blocks: list[int]) -> None:
         """Map the next positions to these blocks."""
         stop = self.num_blocks + len(blocks)
+        self.block_ids.setflags(write=True)
         self.block_ids[self.num_blocks : stop] = blocks
+        self.block_ids.setflags(write=False)
         self.num_blocks = stop
 
     def take_history(self) -> tuple[int, ...] | None:
@@ -158,11 +167,16 @@ class Sequence:
             value = getattr(self, name)
             copied = value.copy() if isinstance(value, (list, np.ndarray)) else value
             setattr(other, name, copied)
+        other.block_ids.setflags(write=False)
         return other
 
 
 class WaitingQueue:
-    """Sequences without blocks, by rank. Removal from the middle is lazy: O(log n) amortised."""
+    """Sequences without blocks, by rank. O(log n) amortised.
+
+    Removal leaves the rank in the heap, to be skipped later; when most of the heap is such
+    leftovers it is made anew, so that requests which come and go don't fill it.
+    """
 
     __slots__ = ("_heap", "_present")
 
@@ -183,6 +197,8 @@ class WaitingQueue:
     def remove(self, seq: Sequence) -> None:
         """Take out a sequence that is queued."""
         del self._present[seq.rank]
+        if len(self._heap) > 2 * len(self._present) + 64:
+            self._heap = sorted(self._present)
 
     def first(self) -> Sequence | None:
         """The lowest-ranked sequence, or None."""
@@ -202,25 +218,39 @@ class Core:
       sequences: every request in the engine, by id.
       running: those that hold blocks, by rank.
       waiting: the others.
+      num_slots: rows of the device state; the most sequences that can run.
       free_slots: a heap, so that the lowest slot is used first.
       step: the number of the next plan.
+      in_flight: the numbers of the plans with rows that are not committed, oldest first.
       arrivals: requests admitted so far.
     """
 
-    __slots__ = ("arrivals", "free_slots", "pool", "running", "sequences", "step", "waiting")
+    __slots__ = (
+        "arrivals",
+        "free_slots",
+        "in_flight",
+        "num_slots",
+        "pool",
+        "running",
+        "sequences",
+        "step",
+        "waiting",
+    )
 
-    def __init__(self, num_blocks: int, max_num_seqs: int):
+    def __init__(self, num_blocks: int, num_slots: int):
         self.pool = BlockPool(num_blocks)
         self.sequences: dict[str, Sequence] = {}
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue()
-        self.free_slots = list(range(max_num_seqs))
+        self.num_slots = num_slots
+        self.free_slots = list(range(num_slots))
         self.step = 0
+        self.in_flight: list[int] = []
         self.arrivals = 0
 
-    def add(self, request: Request) -> None:
-        """Queue a new request."""
-        seq = Sequence(request, (request.priority, self.arrivals))
+    def add(self, request: Request, max_total: int) -> None:
+        """Queue a new request, whose prompt and output have at most `max_total` tokens."""
+        seq = Sequence(request, (request.priority, self.arrivals), max_total, self.step)
         self.arrivals += 1
         self.sequences[request.request_id] = seq
         self.waiting.add(seq)
@@ -260,8 +290,10 @@ class Core:
         other.waiting = WaitingQueue(
             other.sequences[seq.request.request_id] for seq in self.waiting.in_order()
         )
+        other.num_slots = self.num_slots
         other.free_slots = self.free_slots.copy()
         other.step = self.step
+        other.in_flight = self.in_flight.copy()
         other.arrivals = self.arrivals
         return other
 
@@ -272,7 +304,7 @@ class Core:
         assert len(self.running) + len(waiting) == len(self.sequences), "a sequence is lost"
         assert [seq.rank for seq in self.running] == sorted(seq.rank for seq in self.running)
         slots = [seq.slot for seq in self.running]
-        assert len(set(slots + self.free_slots)) == len(slots) + len(self.free_slots)
+        assert sorted(slots + self.free_slots) == list(range(self.num_slots)), "slots differ"
         for seq in waiting:
             assert seq.slot == NO_SLOT
             assert seq.num_blocks == seq.num_computed == 0

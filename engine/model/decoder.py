@@ -61,8 +61,9 @@ class RMSNorm(nnx.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         wide = x.astype(jnp.float32)
         mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        normed = (wide * jax.lax.rsqrt(mean_square + self.epsilon)).astype(x.dtype)
-        return normed * self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
+        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
+        return (normed * scale.astype(jnp.float32)).astype(scale.dtype)
 
 
 class Embed(nnx.Module):
@@ -112,8 +113,8 @@ class DecoderLayer(nnx.Module):
 
     def __call__(self, x_TD, kv_pool, rope, attend):
         attended, kv_pool = self._attend(self.attn_norm(x_TD), kv_pool, rope, attend)
-        x_TD = x_TD + attended
-        return x_TD + self._feed_forward(self.mlp_norm(x_TD)), kv_pool
+        x_TD = x_TD + attended.astype(x_TD.dtype)
+        return x_TD + self._feed_forward(self.mlp_norm(x_TD)).astype(x_TD.dtype), kv_pool
 
     def _attend(self, x_TD, kv_pool, rope, attend):
         arch, tokens = self.arch, x_TD.shape[0]
@@ -127,7 +128,10 @@ class DecoderLayer(nnx.Module):
         return self.o_proj(out_TNH.reshape(tokens, -1)), kv_pool
 
     def _feed_forward(self, x_TD):
-        return self.down_proj(jax.nn.silu(self.gate_proj(x_TD)) * self.up_proj(x_TD))
+        # In bfloat16, the sigmoid would round once more than need be, and no faster.
+        gate_TF = self.gate_proj(x_TD).astype(jnp.float32)
+        up_TF = self.up_proj(x_TD).astype(jnp.float32)
+        return self.down_proj((jax.nn.silu(gate_TF) * up_TF).astype(x_TD.dtype))
 
 
 class Decoder(nnx.Module):
@@ -138,8 +142,8 @@ class Decoder(nnx.Module):
         self.embed = Embed(rngs, arch, dtype)
         self.layers = DecoderLayer(rngs, arch, dtype)
         self.final_norm = RMSNorm((arch.hidden_size,), (EMBED,), dtype, arch.rms_norm_eps)
-        head = Linear(rngs, (arch.hidden_size, arch.vocab_size), (EMBED, VOCAB), dtype)
-        self.lm_head = None if arch.tie_embeddings else head
+        shape = (arch.hidden_size, arch.vocab_size)
+        self.lm_head = None if arch.tie_embeddings else Linear(rngs, shape, (EMBED, VOCAB), dtype)
 
     def __call__(
         self, token_ids: jax.Array, kv_pool: jax.Array, ragged: Ragged, attention: Attention
@@ -171,10 +175,11 @@ class Decoder(nnx.Module):
 
             return module(x_TD, pool, rope, attend), None
 
+        # The sum of all layers is float32 whatever the weights are: rounding it to bfloat16
+        # sixty times would be most of the error, and it is small beside everything else.
+        x_TD = self.embed(token_ids).astype(jnp.float32)
         indices = jnp.arange(arch.num_layers, dtype=jnp.int32)
-        (x_TD, kv_pool), _ = jax.lax.scan(
-            run_layer, (self.embed(token_ids), kv_pool), (weights, indices)
-        )
+        (x_TD, kv_pool), _ = jax.lax.scan(run_layer, (x_TD, kv_pool), (weights, indices))
         return self.final_norm(x_TD), kv_pool
 
     def logits(self, x_SD: jax.Array) -> jax.Array:

@@ -21,7 +21,8 @@ from engine.types import (
 )
 
 MAX_STOP_IDS = 32  # a request's stop tokens and the model's own
-BANNED = -1e30
+BANNED = -1e30  # finite, so that a row whose every token is banned still has a softmax
+NOT_ALLOWED = -1e33  # below BANNED: where all that is allowed is banned, it is chosen from
 
 
 class SamplerState(NamedTuple):
@@ -33,7 +34,7 @@ class SamplerState(NamedTuple):
     recent: jax.Array  # int32[R, MAX_BAD_WORD_TOKENS]: the last tokens generated, -1 before
     output_counts: jax.Array  # int32[R, V]: how often each token was generated
     in_prompt: jax.Array  # bool[R, V]
-    bias: jax.Array  # float32[R, V]: logit bias; banned and not allowed tokens
+    bias: jax.Array  # float32[R, V]: logit bias; NOT_ALLOWED where a token isn't
     bad_words: jax.Array  # int32[R, MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS]: right-aligned, -1 padded
     stop_ids: jax.Array  # int32[R, MAX_STOP_IDS]: V pads
 
@@ -178,9 +179,9 @@ def _edit(logits, row, slot, batch: SamplingBatch, state: SamplerState) -> jax.A
     recent = state.recent[slot][None, 1:]
     matches = jnp.all((before < 0) | (before == recent), axis=-1) & (last >= 0)
     vocab_size = logits.shape[0]
-    logits = logits.at[jnp.where(matches, last, vocab_size)].set(BANNED, mode="drop")
+    logits = logits.at[jnp.where(matches, last, vocab_size)].min(BANNED, mode="drop")
     stops = jnp.where(batch.bans_stops[row], state.stop_ids[slot], vocab_size)
-    return logits.at[stops].set(BANNED, mode="drop")
+    return logits.at[stops].min(BANNED, mode="drop")
 
 
 def _draw(logits, row, batch: SamplingBatch) -> jax.Array:

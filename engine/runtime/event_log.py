@@ -1,26 +1,33 @@
 """The scheduler's inputs and decisions as lines of JSON: recording, and replay with a check.
 
 A log holds prompts and outputs in full: treat it like the conversations themselves. Reading
-one is safe whatever it holds: it is parsed strictly and only ever fed to the scheduler.
+one is safe whatever it holds: it is parsed strictly, no number in it sizes memory before it is
+checked, and it is only ever fed to the scheduler.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
 from engine.core import scheduler
 from engine.core.scheduler import Limits, SchedulerState
-from engine.types import FinishReason, InvalidRequest, QueueFull, Request, StepPlan, StepTokens
+from engine.types import FinishReason, QueueFull, Request, StepPlan, StepTokens
 
 FORMAT = 1
+
+# Far beyond what one scheduler runs, and small enough for any machine that replays.
+MAX_BLOCKS = 2**22
+MAX_SEQS = 2**16
+MAX_LINE = 2**26  # characters; a prompt of a million tokens takes a tenth
 
 
 class LogError(ValueError):
@@ -36,7 +43,9 @@ class Recorder:
 
     def admit(self, request: Request) -> None:
         """A request came in."""
-        self._write({"admit": msgspec.to_builtins(request)})
+        tree = msgspec.to_builtins(request)
+        del tree["sampler_row"]  # follows from the rest
+        self._write({"admit": tree})
 
     def abort(self, request_id: str, reason: FinishReason) -> None:
         """A request was ended from outside."""
@@ -86,6 +95,41 @@ def plan_digest(plan: StepPlan) -> str:
     return digest.hexdigest()
 
 
+class _Event(msgspec.Struct, forbid_unknown_fields=True):
+    """One line. Its first field, which names the kind, is what tells the kinds apart."""
+
+
+class _Admit(_Event):
+    admit: Request
+
+
+class _Abort(_Event):
+    abort: tuple[str, FinishReason]
+
+
+class _Schedule(_Event):
+    schedule: int
+    digest: str
+    rows: list[tuple[str, int, int]]
+
+
+class _Commit(_Event):
+    commit: int
+    tokens: tuple[Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)], ...]
+
+
+class _Fail(_Event):
+    fail: tuple[int, ...]
+
+
+class _Header(_Event):
+    octavo_event_log: int
+    limits: Limits
+
+
+_KINDS = {kind.__struct_fields__[0]: kind for kind in (_Admit, _Abort, _Schedule, _Commit, _Fail)}
+
+
 def replay(path: str | Path, *, check: bool = False) -> Replayed:
     """Run a log through the scheduler and compare every plan with the recorded one.
 
@@ -97,90 +141,124 @@ def replay(path: str | Path, *, check: bool = False) -> Replayed:
       LogError: the file is not such a log, or a plan differs; names the line.
     """
     lines = _lines(path)
-    number, header = next(lines, (0, {}))
-    if header.get("octavo_event_log") != FORMAT:
+    number, tree = next(lines, (0, {}))
+    if tree.get("octavo_event_log") != FORMAT:
         raise LogError(f"{path} is not an Octavo event log of format {FORMAT}")
-    limits = _decode(header.get("limits"), Limits, f"{path}:{number}")
+    limits = _limits(tree, f"{path}:{number}")
     state = SchedulerState.initial(limits)
-    plans: dict[int, StepPlan] = {}
+    plans: dict[int, StepPlan] = {}  # those that may still be committed or fail
     requests = steps = tokens = preemptions = 0
-    for number, event in lines:
+    for number, tree in lines:
         where = f"{path}:{number}"
+        kind = next((kind for name, kind in _KINDS.items() if name in tree), None)
+        if kind is None:
+            raise LogError(f"{where}: unknown event {sorted(tree)[:3]!r:.80}")
+        event = _decode(tree, kind, where)
         try:
-            if "admit" in event:
-                state = scheduler.admit(state, limits, _request(event["admit"], where))
-                requests += 1
-            elif "abort" in event:
-                request_id, reason = event["abort"]
-                state, _ = scheduler.abort(state, request_id, FinishReason(reason))
-            elif "schedule" in event:
-                state, plan = scheduler.schedule(state, limits)
-                _compare(plan, event, where)
-                plans[plan.step] = plan
-                steps += 1
-                preemptions += len(plan.preempted)
-            elif "commit" in event:
-                plan = plans.pop(event["commit"])
-                values = _decode(event["tokens"], tuple[int, ...], where)
-                if len(values) != len(plan.rows):
-                    raise LogError(f"{where}: {len(values)} tokens for {len(plan.rows)} rows")
-                state, outputs = scheduler.commit(state, plan, StepTokens(values), limits)
-                tokens += sum(len(output.token_ids) for output in outputs)
-            elif "fail" in event:
-                failed = tuple(plans.pop(step) for step in event["fail"])
-                state, _ = scheduler.fail(state, failed)
-            else:
-                raise LogError(f"{where}: unknown event {sorted(event)[:3]}")
-        except (KeyError, TypeError, ValueError, QueueFull) as error:
-            if isinstance(error, LogError):
-                raise
-            raise LogError(f"{where}: {type(error).__name__}: {error}") from None
+            match event:
+                case _Admit(admit=request):
+                    state = scheduler.admit(state, limits, request)
+                    requests += 1
+                case _Abort(abort=(request_id, reason)):
+                    state, _ = scheduler.abort(state, request_id, reason)
+                case _Schedule():
+                    state, plan = scheduler.schedule(state, limits)
+                    _compare(plan, event)
+                    plans[plan.step] = plan
+                    steps += 1
+                    preemptions += len(plan.preempted)
+                case _Commit(commit=step, tokens=values):
+                    plan = _planned(plans, step)
+                    if len(values) != len(plan.rows):
+                        raise LogError(f"{len(values)} tokens for {len(plan.rows)} rows")
+                    state, outputs = scheduler.commit(state, plan, StepTokens(values), limits)
+                    plans = {later: plan for later, plan in plans.items() if later > step}
+                    tokens += sum(len(output.token_ids) for output in outputs)
+                case _Fail(fail=failed):
+                    state, _ = scheduler.fail(
+                        state, tuple(_planned(plans, step) for step in failed)
+                    )
+        except (ValueError, QueueFull) as error:
+            raise LogError(f"{where}: {error}") from None
         if check:
             state.check()
     return Replayed(requests, steps, tokens, preemptions, state)
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Numbered objects, one a line, up to a line that the writer didn't get to finish."""
     try:
-        with open(path, encoding="utf-8") as file:
-            for number, line in enumerate(file, 1):
+        with open(path, encoding="utf-8", newline="\n") as file:
+            for number in itertools.count(1):
+                line = file.readline(MAX_LINE)
                 if not line.endswith("\n"):
-                    return  # the writer was cut off here
+                    if len(line) == MAX_LINE:
+                        raise LogError(f"{path}:{number}: longer than {MAX_LINE} characters")
+                    return
                 try:
-                    event = json.loads(line)
-                except ValueError:
+                    tree = json.loads(line)
+                except (ValueError, RecursionError):
                     raise LogError(f"{path}:{number}: not JSON") from None
-                if not isinstance(event, dict):
+                if not isinstance(tree, dict):
                     raise LogError(f"{path}:{number}: not an event")
-                yield number, event
+                yield number, tree
     except (OSError, UnicodeDecodeError) as error:
         raise LogError(f"can't read {path}: {error}") from None
 
 
-def _request(tree: Any, where: str) -> Request:
-    if isinstance(tree, dict):
-        tree = {key: value for key, value in tree.items() if key != "is_plain_greedy"}
-    return _decode(tree, Request, where)
+def _limits(tree: dict[str, Any], where: str) -> Limits:
+    """The header's limits, if a scheduler with them can be made anywhere."""
+    limits = _decode(tree, _Header, where).limits
+    for name, value, largest in (
+        ("num_blocks", limits.num_blocks, MAX_BLOCKS),
+        ("max_num_seqs", limits.max_num_seqs, MAX_SEQS),
+    ):
+        if value > largest:
+            raise LogError(f"{where}: {name} is {value}, but a log may say at most {largest}")
+    return limits
 
 
-def _decode(tree: Any, kind: Any, where: str) -> Any:
+def _decode[T](tree: dict[str, Any], kind: type[T], where: str) -> T:
     try:
-        return msgspec.convert(tree, kind)
-    except (msgspec.ValidationError, InvalidRequest) as error:
+        value = msgspec.convert(tree, kind)
+        for name, part in tree.items():
+            _refuse_unknown(part, getattr(value, name))
+    except (ValueError, RecursionError) as error:  # msgspec's and InvalidRequest are ValueErrors
         raise LogError(f"{where}: {error}") from None
+    return value
 
 
-def _compare(plan: StepPlan, event: dict[str, Any], where: str) -> None:
-    if plan.step == event["schedule"] and plan_digest(plan) == event["digest"]:
+def _refuse_unknown(tree: Any, value: Any) -> None:
+    """A field that this version doesn't know may matter to the plans."""
+    if dataclasses.is_dataclass(value):
+        fields = {field.name for field in dataclasses.fields(value) if field.init}
+        if unknown := sorted(tree.keys() - fields):
+            raise ValueError(f"unknown fields {unknown[:3]!r:.80} in {type(value).__name__}")
+        for name, part in tree.items():
+            _refuse_unknown(part, getattr(value, name))
+
+
+def _planned(plans: dict[int, StepPlan], step: int) -> StepPlan:
+    plan = plans.pop(step, None)
+    if plan is None:
+        raise LogError(f"step {step} was not planned, or was taken in already")
+    return plan
+
+
+def _compare(plan: StepPlan, event: _Schedule) -> None:
+    """Raise if the plan is not the recorded one; say where they part."""
+    if plan.step != event.schedule:
+        raise LogError(f"step {event.schedule} was recorded here, but {plan.step} is next")
+    if plan_digest(plan) == event.digest:
         return
-    rows = [[row.request.request_id, row.start, row.num_tokens] for row in plan.rows]
-    for index, (ours, theirs) in enumerate(zip(rows, event["rows"], strict=False)):
+    rows = [(row.request.request_id, row.start, row.num_tokens) for row in plan.rows]
+    for index, (ours, theirs) in enumerate(zip(rows, event.rows, strict=False)):
         if ours != theirs:
             raise LogError(
-                f"{where}: step {plan.step} differs at row {index}: recorded {theirs}, now {ours}"
+                f"step {plan.step} differs at row {index}: recorded {theirs}, now {ours}"
             )
     raise LogError(
-        f"{where}: step {plan.step} differs: recorded {len(event['rows'])} rows, now {len(rows)}"
-        if len(rows) != len(event["rows"])
-        else f"{where}: step {plan.step} has the same rows with other blocks, slots or tokens"
+        f"step {plan.step} differs: recorded {len(event.rows)} rows, now {len(rows)}"
+        if len(rows) != len(event.rows)
+        else f"step {plan.step} has the same rows with other blocks, slots or tokens"
     )

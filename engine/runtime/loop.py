@@ -7,6 +7,7 @@ piece of news leaves through one function, once a step.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import heapq
 import logging
@@ -24,6 +25,12 @@ from engine.runtime.runner import Launched, Runner
 from engine.types import FinishReason, InvalidRequest, QueueFull, Request, StepOutput, StepPlan
 
 log = logging.getLogger(__name__)
+
+_MIN_DEADLINES = 1024  # deadlines of ended requests that are kept before it pays to tidy up
+
+
+class EngineStopped(RuntimeError):
+    """The engine was closed, or its loop failed; it serves nothing any more."""
 
 
 class Rejected(NamedTuple):
@@ -113,10 +120,12 @@ class EngineLoop:
         self._runner = runner
         self._on_news = on_news
         self._state = SchedulerState.initial(limits)
-        # Room for every request that may wait or run, and for an abort of each.
-        self._inbox: queue.Queue[Request | _Abort | None] = queue.Queue(
-            2 * (limits.max_waiting + limits.max_num_seqs) + 1
-        )
+        # `submit` bounds the requests in it. Aborts always fit, so that nobody, this thread least
+        # of all, waits for room; there are never more of them than the caller has requests.
+        self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
+        self._num_submitted = 0  # requests in the inbox
+        self._taken: list[Request | _Abort | None] = []  # from the inbox, not dealt with yet
+        self._entry = threading.Lock()  # guards it; nothing is submitted once `_closing` is set
         self._live: dict[str, Request] = {}
         self._deadlines: list[tuple[float, str]] = []
         self._planned: StepPlan | None = None  # planned, but not launched yet
@@ -130,7 +139,8 @@ class EngineLoop:
     @property
     def gauges(self) -> tuple[int, int, tuple[int, int, int]]:
         """Sequences running and waiting, and (free, cached, owned) blocks, after a step."""
-        return self._gauges
+        running, waiting, pool = self._gauges
+        return running, waiting + self._num_submitted, pool
 
     @property
     def is_alive(self) -> bool:
@@ -141,61 +151,68 @@ class EngineLoop:
         """Hand a request over. Refusals come as `Rejected` news.
 
         Raises:
-          QueueFull: the inbox is full, or the loop is closed.
+          QueueFull: the inbox is full.
+          EngineStopped: the loop is closed, or has failed.
         """
-        if self._closing or not self.is_alive:
-            raise QueueFull("the engine is shutting down")
-        try:
-            self._inbox.put_nowait(request)
-        except queue.Full:
-            raise QueueFull("too many requests are waiting; try again later") from None
+        with self._entry:
+            if self._closing:
+                raise EngineStopped("the engine is closed, or failed; its log says why")
+            if self._num_submitted >= self.limits.max_waiting:
+                raise QueueFull(
+                    f"{self.limits.max_waiting} requests are waiting already; try again later"
+                )
+            self._num_submitted += 1
+            self._inbox.put(request)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request; unknown ids are ignored. The news says when it has ended."""
-        if self.is_alive:
+        if not self._closing:  # which ends everything by itself
             self._inbox.put(_Abort(request_id, reason))
 
     def close(self) -> None:
         """Abort what is left and stop. Safe to call twice."""
-        if not self._closing:
-            self._closing = True
-            self._inbox.put(None)
+        with self._entry:
+            if not self._closing:
+                self._closing = True
+                self._inbox.put(None)
         self._thread.join()
 
     def _run(self) -> None:
         in_flight: _InFlight | None = None
         try:
-            while True:
-                if not self._take_events(may_wait=in_flight is None and self._state.is_idle):
-                    break
+            while self._take_events(may_wait=in_flight is None and self._state.is_idle):
                 in_flight = self._step(in_flight)
+            if in_flight is not None:
+                with contextlib.suppress(Exception):  # nobody is left to be told
+                    in_flight.launched.wait()
         except Exception:
             log.exception("the engine loop stopped; its requests end with an error")
             self._fail_everything()
         finally:
-            if self._recorder:
-                self._recorder.close()
+            self._record(Recorder.close)
 
     def _step(self, in_flight: _InFlight | None) -> _InFlight | None:
         """Launch the next step, then take in the one before it."""
+        launched: _InFlight | None = None
+        failure: Exception | None = None
         try:
             launched = self._launch()
         except Exception as error:
-            return self._recover(error, (in_flight,) if in_flight else ())
+            failure = error  # the step before it may be good all the same
         if in_flight is not None:
             try:
                 self._commit(in_flight)
             except Exception as error:
-                steps = (in_flight, launched) if launched else (in_flight,)
-                return self._recover(error, steps)
+                return self._recover(error, (in_flight, launched) if launched else (in_flight,))
+        if failure is not None:
+            return self._recover(failure, ())
         return launched
 
     def _launch(self) -> _InFlight | None:
         begin = time.perf_counter()
         self._state, plan = scheduler.schedule(self._state, self.limits)
         self._planned = plan
-        if self._recorder:
-            self._recorder.schedule(plan)
+        self._record(lambda recorder: recorder.schedule(plan))
         self.totals.preemptions += len(plan.preempted)
         if not plan.rows:
             self._planned = None
@@ -216,18 +233,17 @@ class EngineLoop:
         tokens = step.launched.wait()
         waited = time.perf_counter()
         plan = step.launched.plan
-        if self._recorder:
-            self._recorder.commit(plan, tokens)
+        self._record(lambda recorder: recorder.commit(plan, tokens))
         self._state, outputs = scheduler.commit(self._state, plan, tokens, self.limits)
-        self._publish(outputs)
         totals = self.totals
         totals.steps += 1
         totals.computed_tokens += plan.num_tokens
         totals.padded_tokens += step.padded_tokens
-        state = self._state
-        self._gauges = (state.num_running, state.num_waiting, state.pool)
-        if self.on_step:
-            self.on_step(
+        self._forget_finished(outputs)
+        self._publish(outputs)
+        if on_step := self.on_step:
+            state = self._state
+            on_step(
                 StepRecord(
                     schedule=step.schedule,
                     build=step.build,
@@ -253,26 +269,30 @@ class EngineLoop:
             plans.append(self._planned)
             self._planned = None
         self.totals.failed_steps += 1
-        if self._recorder:
-            self._recorder.fail(tuple(plans))
+        self._record(lambda recorder: recorder.fail(tuple(plans)))
         self._state, outputs = scheduler.fail(self._state, tuple(plans))
         self._runner.reset()
+        self._forget_finished(outputs)
         self._publish(outputs)
 
     def _take_events(self, *, may_wait: bool) -> bool:
-        """Take everything from the inbox. Returns whether to go on."""
+        """Take what is in the inbox. Returns whether to go on."""
+        self._taken = [self._inbox.get()] if may_wait else []
+        # Not more than there are now, however fast they come: running requests go on.
+        self._taken += [self._inbox.get() for _ in range(self._inbox.qsize())]
+        goes_on = self._apply(self._taken)
+        with self._entry:
+            self._num_submitted -= sum(isinstance(event, Request) for event in self._taken)
+        self._taken = []
+        return goes_on
+
+    def _apply(self, events: Sequence[Request | _Abort | None]) -> bool:
+        """Admit and end requests, those included whose time is up. Returns whether to go on."""
         news: list[StepOutput | Rejected] = []
-        timeout = None
-        if may_wait:
-            self._gauges = (0, 0, self._state.pool)
-        while True:
-            try:
-                event = self._inbox.get(block=may_wait, timeout=timeout)
-            except queue.Empty:
-                break
-            may_wait = False
+        for event in events:
             if event is None:
-                self._finish_all(news)
+                for request_id in list(self._live):
+                    news.extend(self._end(request_id, FinishReason.ABORT))
                 self._publish(news)
                 return False
             if isinstance(event, _Abort):
@@ -295,38 +315,78 @@ class EngineLoop:
             news.append(Rejected(request.request_id, error))
             return
         self._live[request.request_id] = request
-        if self._recorder:
-            self._recorder.admit(request)
+        self._record(lambda recorder: recorder.admit(request))
         if request.deadline is not None:
             heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+            if len(self._deadlines) > 2 * len(self._live) + _MIN_DEADLINES:
+                # Most are of requests that ended long before: keep those that are live.
+                self._deadlines = [
+                    (live.deadline, live.request_id)
+                    for live in self._live.values()
+                    if live.deadline is not None
+                ]
+                heapq.heapify(self._deadlines)
 
     def _end(self, request_id: str, reason: FinishReason) -> tuple[StepOutput, ...]:
-        if request_id not in self._live:
+        if self._live.pop(request_id, None) is None:
             return ()
-        if self._recorder:
-            self._recorder.abort(request_id, reason)
+        self._record(lambda recorder: recorder.abort(request_id, reason))
         self._state, outputs = scheduler.abort(self._state, request_id, reason)
         return outputs
 
-    def _finish_all(self, news: list[StepOutput | Rejected]) -> None:
-        for request_id in list(self._live):
-            news.extend(self._end(request_id, FinishReason.ABORT))
-        self._gauges = (0, 0, self._state.pool)
-
     def _fail_everything(self) -> None:
-        self._closing = True
-        ended = [StepOutput(id_, (), FinishReason.ERROR, 0, 0) for id_ in self._live]
-        self._publish(ended)
+        """Tell every request, admitted or not, that the loop is gone."""
+        with self._entry:
+            self._closing = True
+        events = self._taken
+        while not self._inbox.empty():
+            events.append(self._inbox.get())
+        lost = {event.request_id: event for event in events if isinstance(event, Request)}
+        lost |= self._live
+        self._live.clear()
+        self._num_submitted = 0
+        news = [
+            StepOutput(request.request_id, (), FinishReason.ERROR, len(request.prompt_ids), 0)
+            for request in lost.values()
+        ]
+        self._count(news)
+        self._on_news(news)
+
+    def _record(self, write: Callable[[Recorder], None]) -> None:
+        """Log an event. If the log can't be written, it ends and the engine goes on."""
+        if self._recorder is None:
+            return
+        try:
+            write(self._recorder)
+        except OSError as error:
+            log.error(
+                "the event log can't be written (%s) and ends here; it replays up to its last "
+                "whole line",
+                error.strerror,
+            )
+            recorder, self._recorder = self._recorder, None
+            with contextlib.suppress(OSError):
+                recorder.close()
+
+    def _forget_finished(self, outputs: Sequence[StepOutput]) -> None:
+        for output in outputs:
+            if output.finish_reason is not None:
+                del self._live[output.request_id]
 
     def _publish(self, news: News) -> None:
+        """Bring the figures up to date, and then tell who asked."""
+        self._count(news)
+        state = self._state
+        self._gauges = (state.num_running, state.num_waiting, state.pool)
+        if news:
+            self._on_news(news)
+
+    def _count(self, news: News) -> None:
         totals = self.totals
         for item in news:
             if isinstance(item, StepOutput):
                 totals.generated_tokens += len(item.token_ids)
                 if item.finish_reason is not None:
-                    self._live.pop(item.request_id, None)
                     totals.finished[item.finish_reason.value] += 1
                     totals.prompt_tokens += item.num_prompt_tokens
                     totals.cached_prompt_tokens += item.num_cached_tokens
-        if news:
-            self._on_news(news)

@@ -125,10 +125,28 @@ class Runner:
         self._attention = attention
         self._programs: dict[Bucket, jax.stages.Compiled] = {}
         self._jitted_step = jax.jit(self._step, donate_argnums=(1, 2))
-        self._set_slot = jax.jit(
-            sampler.set_slot, donate_argnums=0, out_shardings=self._state_sharding()
+        self._set_slot = jax.jit(sampler.set_slot, donate_argnums=0, out_shardings=replicated(mesh))
+        # Kept, so that a reset after a failure compiles nothing.
+        self._make_kv_pool = jax.jit(
+            lambda: jnp.zeros(self.kv_pool_shape, shape.cache_dtype),
+            out_shardings=kv_pool_sharding(mesh),
+        )
+        self._make_state = jax.jit(
+            lambda: sampler.initial_state(shape.max_num_seqs + 1, self.arch.vocab_size),
+            out_shardings=replicated(mesh),
         )
         self.reset()
+
+    @property
+    def kv_pool_shape(self) -> tuple[int, ...]:
+        """Of the whole pool, over all devices."""
+        return kv_pool_shape(
+            num_layers=self.arch.num_layers,
+            num_blocks=self.shape.num_blocks,
+            num_kv_heads=self.arch.num_kv_heads,
+            block_size=self.shape.block_size,
+            head_dim=self.arch.head_dim,
+        )
 
     @property
     def sink_slot(self) -> int:
@@ -137,23 +155,9 @@ class Runner:
 
     def reset(self) -> None:
         """Fresh device memory: an empty pool and no slot in use."""
-        shape, arch = self.shape, self.arch
-        pool_shape = kv_pool_shape(
-            num_layers=arch.num_layers,
-            num_blocks=shape.num_blocks,
-            num_kv_heads=arch.num_kv_heads,
-            block_size=shape.block_size,
-            head_dim=arch.head_dim,
-        )
         self._kv_pool = self._state = None  # give the old memory back first
-        self._kv_pool = jax.jit(
-            lambda: jnp.zeros(pool_shape, shape.cache_dtype),
-            out_shardings=kv_pool_sharding(self.mesh),
-        )()
-        self._state = jax.jit(
-            lambda: sampler.initial_state(shape.max_num_seqs + 1, arch.vocab_size),
-            out_shardings=self._state_sharding(),
-        )()
+        self._kv_pool = self._make_kv_pool()
+        self._state = self._make_state()
 
     def compile(self, bucket: Bucket) -> jax.stages.Compiled:
         """The program of one bucket, compiled now and kept."""
@@ -198,9 +202,6 @@ class Runner:
         assert row.history is not None
         state = _slot_state(row.request, row.history, self.arch.vocab_size)
         self._state = self._set_slot(self._state, np.int32(row.slot), state)
-
-    def _state_sharding(self) -> Any:
-        return replicated(self.mesh)
 
     def _step(self, weights, kv_pool, state: sampler.SamplerState, batch: Batch):
         """The whole step, traced once a bucket: decode, choose, remember."""
@@ -279,7 +280,7 @@ def _slot_state(
         in_prompt[list(request.prompt_ids)] = True
         sampling = request.sampling
         if sampling.allowed_token_ids is not None:
-            bias[:] = sampler.BANNED
+            bias[:] = sampler.NOT_ALLOWED
             bias[list(sampling.allowed_token_ids)] = 0.0
         for token, value in sampling.logit_bias:
             bias[token] += value

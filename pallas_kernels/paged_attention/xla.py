@@ -59,9 +59,10 @@ def prepare(ragged: Ragged, *, block_size: int) -> Work:
     tile_rows = jnp.minimum(jnp.searchsorted(tile_stops, index, side="right"), num_seqs - 1)
     tile_offsets = (index - (tile_stops - tiles)[tile_rows]) * tile
 
-    # Chunks are read whole: make the table as wide as the last chunk reaches.
-    widest = max(_blocks_a_chunk(c, block_size, num_blocks) for c in (DECODE_CHUNK, PREFILL_CHUNK))
-    tables = jnp.pad(ragged.block_tables, ((0, 0), (0, -num_blocks % widest)))
+    # Chunks are read whole: make the table as wide as the last chunk of either kind reaches.
+    chunks = [_blocks_a_chunk(c, block_size, num_blocks) for c in (DECODE_CHUNK, PREFILL_CHUNK)]
+    padding_blocks = max(-num_blocks % chunk for chunk in chunks)
+    tables = jnp.pad(ragged.block_tables, ((0, 0), (0, padding_blocks)))
     return Work(
         write_blocks=jnp.where(is_real, write_blocks, -1),
         write_offsets=ragged.positions % block_size,

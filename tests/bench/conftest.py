@@ -1,4 +1,4 @@
-"""A tiny engine to measure: random weights, a tokenizer of whole words, few shapes."""
+"""A tiny engine to measure: random weights, a tokenizer of single bytes, few shapes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 import tokenizers
-from tokenizers import models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers
 
 from engine import config as config_module
 from engine.frontend import Engine
@@ -41,9 +41,11 @@ def tiny_config(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     """A config file of a model that loads and compiles in a few seconds."""
     folder = tmp_path_factory.mktemp("bench")
     shutil.copytree(tiny_models / "llama", folder / "model")
-    vocabulary = {f"w{index}": index for index in range(VOCAB_SIZE)}
-    tokenizer = tokenizers.Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    characters = sorted(pre_tokenizers.ByteLevel.alphabet())[:VOCAB_SIZE]
+    vocabulary = {character: index for index, character in enumerate(characters)}
+    tokenizer = tokenizers.Tokenizer(models.BPE(vocabulary, []))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "model" / "tokenizer.json"))
     path = folder / "tiny.yaml"
     path.write_text(CONFIG)

@@ -23,7 +23,7 @@ from engine.types import (
 
 def make_limits(**changes: Any) -> Limits:
     """A pool of 16 blocks of 4 tokens for up to 4 sequences and 16 tokens a step."""
-    values = {
+    values: dict[str, Any] = {
         "num_blocks": 16,
         "block_size": 4,
         "max_num_seqs": 4,

@@ -1,0 +1,88 @@
+"""`python -m benchmarks`: the measurements that docs/benchmarks/ reports; also `make bench`."""
+
+from __future__ import annotations
+
+import sys
+from pathlib import Path
+from typing import Annotated
+
+import cyclopts
+from cyclopts import Parameter
+
+RESULTS = Path("build") / "benchmarks"
+
+SEVERAL = Parameter(consume_multiple=True, negative=())
+
+app = cyclopts.App(
+    name="python -m benchmarks",
+    help="Measure Octavo on this machine. Without a command: all of them, as documented.",
+    version_flags=[],
+)
+
+
+@app.command
+def scheduler(
+    *,
+    sequences: int = 256,
+    steps: int = 300,
+    rounds: int = 4,
+    pools: Annotated[list[int] | None, SEVERAL] = None,
+    output: Path = RESULTS,
+) -> int:
+    """Time schedule + build + commit on the host, without a model.
+
+    Args:
+      sequences: how many run at once.
+      steps: measured steps of a round, which starts with an empty pool.
+      rounds: of each case and pool.
+      pools: sizes of the block pool, in blocks; 10000 100000 1000000 by default.
+      output: folder for the JSON.
+    """
+    from benchmarks import scheduler as benchmark
+
+    return benchmark.run(
+        sequences=sequences,
+        steps=steps,
+        rounds=rounds,
+        pools=pools or (10_000, 100_000, 1_000_000),
+        folder=output,
+    )
+
+
+@app.command
+def engine(
+    *,
+    config: Annotated[Path, Parameter(name=["--config", "-c"])] = Path(
+        "configs/smollm2-135m-cpu.yaml"
+    ),
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    workload: Annotated[list[str] | None, SEVERAL] = None,
+    repeat: int = 5,
+    output: Path = RESULTS,
+) -> int:
+    """Run the named workloads through the engine in this process.
+
+    Args:
+      config: a YAML file.
+      set_: key=value that replaces the config's, dotted.
+      workload: names of files in benchmarks/workloads/; by default single decode16 mixed64.
+      repeat: runs that count, after one that doesn't.
+      output: folder for the JSON.
+    """
+    from benchmarks import engine as benchmark
+
+    names = workload or ("single", "decode16", "mixed64")
+    return benchmark.run(config, tuple(set_ or ()), names, repeat=repeat, folder=output)
+
+
+@app.default
+def everything() -> int:
+    """Run all benchmarks with their defaults."""
+    return max(scheduler(), engine())
+
+
+if __name__ == "__main__":
+    try:
+        sys.exit(app() or 0)
+    except (ValueError, OSError) as error:
+        sys.exit(f"benchmarks: {error}")

@@ -1,0 +1,63 @@
+"""The scripts in benchmarks/, on sizes that take no time: they run, and refuse what can't be."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import benchmarks.engine
+from benchmarks import scheduler
+from tests.conftest import ROOT
+
+
+def test_the_scheduler_is_measured_in_every_case_over_every_pool(tmp_path: Path) -> None:
+    pools = (500, 1000)
+    assert scheduler.run(sequences=8, steps=20, rounds=2, pools=pools, folder=tmp_path) == 0
+    report = json.loads((tmp_path / "scheduler.json").read_bytes())
+    rows = [(result["case"], result["num_blocks"]) for result in report["results"]]
+    assert rows == [(case.name, pool) for case in scheduler.CASES for pool in pools]
+    for result in report["results"]:
+        assert result["steps"] == 40
+        assert result["preempted"] == 0
+        phases = [result[name] for name in ("schedule", "build", "commit")]
+        for timing in (*phases, result["total"]):
+            assert 0 < timing["median"] <= timing["p99"] <= timing["max"]
+        assert result["total"]["max"] <= sum(timing["max"] for timing in phases)
+
+
+def test_sequences_end_and_start_only_where_they_should(tmp_path: Path) -> None:
+    steady, _, turnover = (
+        scheduler.measure(case, 2000, sequences=32, steps=60, rounds=1) for case in scheduler.CASES
+    )
+    assert steady.mean_rows == 32
+    assert steady.mean_tokens == 32  # every row decodes
+    assert turnover.mean_rows > 31
+    assert turnover.mean_tokens > 33  # prompts come in between
+
+
+def test_a_pool_that_can_not_hold_the_sequences_is_refused(tmp_path: Path) -> None:
+    needed = scheduler.blocks_needed(8, 20)
+    with pytest.raises(ValueError, match=f"may need {needed:,} blocks"):
+        scheduler.run(sequences=8, steps=20, rounds=1, pools=(needed - 1,), folder=tmp_path)
+    scheduler.run(sequences=8, steps=20, rounds=1, pools=(needed,), folder=tmp_path)
+
+
+def test_more_steps_than_a_sequence_can_last_are_refused(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="fewer steps and more rounds"):
+        scheduler.run(sequences=8, steps=4000, rounds=1, pools=(10**6,), folder=tmp_path)
+
+
+def test_an_unknown_workload_is_refused_before_anything_is_loaded(tmp_path: Path) -> None:
+    with pytest.raises(ValueError, match="no workload 'huge'; known: decode16, mixed64, single"):
+        benchmarks.engine.run(Path("none.yaml"), (), ["single", "huge"], repeat=1, folder=tmp_path)
+
+
+def test_the_module_lists_its_commands() -> None:
+    command = [sys.executable, "-m", "benchmarks", "--help"]
+    shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert "scheduler" in shown
+    assert "engine" in shown

@@ -1,0 +1,381 @@
+"""Ways to break the core, each of which the simulation must notice.
+
+A mutant is a function that patches one mistake into the running code; its name says which. Some
+are this project's own, found by these tests and mended.
+"""
+
+from __future__ import annotations
+
+import inspect
+import textwrap
+from collections.abc import Callable
+
+import pytest
+
+from engine.core import scheduler, sequences
+from engine.core.block_keys import child_key, root_key
+from engine.core.block_pool import BlockPool
+from engine.core.scheduler import SchedulerState
+from engine.core.sequences import Core, Sequence, WaitingQueue
+from engine.types import Domain
+
+Patch = pytest.MonkeyPatch
+Mutant = Callable[[Patch], None]
+MUTANTS: dict[str, Mutant] = {}
+
+
+def mutant(function: Mutant) -> Mutant:
+    """Add to the list; the function's name says what goes wrong."""
+    MUTANTS[function.__name__] = function
+    return function
+
+
+def rewrite(patch: Patch, owner: object, name: str, old: str, new: str) -> None:
+    """Replace one piece of a function's source text."""
+    function = inspect.unwrap(getattr(owner, name))
+    source = getattr(function, "mutated_source", None)
+    if source is None:
+        source = textwrap.dedent(inspect.getsource(function))
+    assert source.count(old) == 1, f"{old!r} occurs {source.count(old)} times in {name}"
+    namespace: dict[str, object] = {}
+    source = source.replace(old, new)
+    exec(compile(source, f"<mutant of {name}>", "exec"), function.__globals__, namespace)
+    changed = namespace[name]
+    changed.mutated_source = source  # type: ignore[attr-defined]
+    patch.setattr(owner, name, changed)
+
+
+# Block pool.
+
+
+@mutant
+def release_starts_with_the_first_block(patch: Patch) -> None:
+    rewrite(patch, BlockPool, "release", "reversed(blocks)", "blocks")
+
+
+@mutant
+def release_keeps_the_last_block(patch: Patch) -> None:
+    rewrite(patch, BlockPool, "release", "reversed(blocks)", "reversed(blocks[:-1])")
+
+
+@mutant
+def release_frees_a_block_that_others_still_own(patch: Patch) -> None:
+    rewrite(patch, BlockPool, "release", "if count == 0", "if count >= 0")
+
+
+@mutant
+def sharing_does_not_count(patch: Patch) -> None:
+    rewrite(patch, BlockPool, "share", "self._ref_counts[block] += 1", "pass")
+
+
+@mutant
+def sharing_leaves_the_block_evictable(patch: Patch) -> None:
+    rewrite(patch, BlockPool, "share", "del self._cached[block]", "pass")
+
+
+@mutant
+def eviction_takes_an_owned_block(patch: Patch) -> None:
+    rewrite(
+        patch,
+        BlockPool,
+        "_evict",
+        "return block",
+        "return next((b for b, count in enumerate(self._ref_counts) if count), block)",
+    )
+
+
+@mutant
+def eviction_keeps_the_name(patch: Patch) -> None:
+    rewrite(patch, BlockPool, "_evict", "del self._block_of[self._key_of.pop(block)]", "pass")
+
+
+@mutant
+def a_second_block_takes_over_a_name(patch: Patch) -> None:
+    rewrite(patch, BlockPool, "name", "key not in self._block_of and ", "")
+
+
+@mutant
+def names_outlive_their_contents(patch: Patch) -> None:
+    patch.setattr(BlockPool, "forget_names", lambda self: None)
+
+
+@mutant
+def a_copy_shares_the_free_list(patch: Patch) -> None:
+    rewrite(patch, BlockPool, "copy", "self._free.copy()", "self._free")
+
+
+# Keys.
+
+
+@mutant
+def keys_leave_out_the_domain(patch: Patch) -> None:
+    patch.setattr(sequences, "root_key", lambda domain, *extras: root_key(Domain(), *extras))
+
+
+@mutant
+def keys_leave_out_the_salt(patch: Patch) -> None:
+    patch.setattr(
+        sequences, "root_key", lambda domain, *extras: root_key(Domain(domain.tenant), *extras)
+    )
+
+
+@mutant
+def keys_run_tenant_and_salt_together(patch: Patch) -> None:
+    patch.setattr(
+        sequences,
+        "root_key",
+        lambda domain, *extras: root_key(Domain(domain.tenant + domain.salt), *extras),
+    )
+
+
+@mutant
+def keys_leave_out_the_parent(patch: Patch) -> None:
+    patch.setattr(sequences, "child_key", lambda parent, tokens: child_key(b"", tokens))
+
+
+# Sequences.
+
+
+@mutant
+def a_slot_is_never_returned(patch: Patch) -> None:
+    rewrite(patch, Core, "_stop", "heapq.heappush(self.free_slots, seq.slot)", "pass")
+
+
+@mutant
+def an_ended_sequence_keeps_its_blocks(patch: Patch) -> None:
+    rewrite(patch, Core, "_stop", "self.pool.release(seq.owned_blocks())", "pass")
+
+
+@mutant
+def a_start_takes_a_block_too_few(patch: Patch) -> None:
+    rewrite(patch, Core, "start", "- len(shared)", "- len(shared) - 1")
+
+
+@mutant
+def a_resumed_sequence_brings_no_history(patch: Patch) -> None:
+    rewrite(
+        patch,
+        Sequence,
+        "take_history",
+        "return tuple(self.token_ids[self.num_prompt :])",
+        "return None if self.num_total > self.num_prompt else ()",
+    )
+
+
+@mutant
+def history_forgets_the_newest_token(patch: Patch) -> None:
+    rewrite(patch, Sequence, "take_history", "self.num_prompt :", "self.num_prompt : -1")
+
+
+@mutant
+def prompt_logprobs_are_repeated_after_a_preemption(patch: Patch) -> None:
+    rewrite(patch, Sequence, "add_prompt_logprobs", "entries[known - start :]", "entries")
+
+
+@mutant
+def prompt_logprobs_take_what_is_cached(patch: Patch) -> None:
+    patch.setattr(Sequence, "needs_whole_prompt", False)
+
+
+@mutant
+def the_queue_takes_the_newest_first(patch: Patch) -> None:
+    def first(self: WaitingQueue) -> Sequence | None:
+        return self._present[max(self._present)] if self._present else None
+
+    patch.setattr(WaitingQueue, "first", first)
+
+
+@mutant
+def a_copied_sequence_shares_its_tokens(patch: Patch) -> None:
+    original = Sequence.copy
+
+    def copy(self: Sequence) -> Sequence:
+        other = original(self)
+        other.token_ids = self.token_ids
+        return other
+
+    patch.setattr(Sequence, "copy", copy)
+
+
+# Scheduler.
+
+
+@mutant
+def admission_ignores_the_models_context(patch: Patch) -> None:
+    rewrite(
+        patch,
+        scheduler,
+        "admit",
+        "core.add(request, max_total)",
+        "core.add(request, num_prompt + request.max_tokens)",
+    )
+
+
+@mutant
+def a_hit_takes_the_whole_prompt(patch: Patch) -> None:
+    rewrite(patch, scheduler, "_admit_waiting", "(num_known - 1) //", "num_known //")
+
+
+@mutant
+def admission_forgets_that_cached_hits_are_not_available(patch: Patch) -> None:
+    rewrite(patch, scheduler, "_admit_waiting", " + core.pool.num_cached(hits)\n", "\n")
+    rewrite(patch, scheduler, "_admit_waiting", "needed + len(core.running)", "needed")
+
+
+@mutant
+def admission_skips_a_head_that_does_not_fit(patch: Patch) -> None:
+    original = scheduler._admit_waiting
+
+    def admit_waiting(core: Core, limits: scheduler.Limits, rows: list, budget: int) -> None:
+        head = core.waiting.first()
+        before = len(rows)
+        original(core, limits, rows, budget)
+        if head is not None and len(rows) == before and len(core.waiting) > 1:
+            core.waiting.remove(head)
+            original(core, limits, rows, budget)
+            core.waiting.add(head)
+
+    patch.setattr(scheduler, "_admit_waiting", admit_waiting)
+
+
+@mutant
+def a_preempted_sequence_does_not_wait_for_its_token(patch: Patch) -> None:
+    rewrite(patch, scheduler, "_admit_waiting", "if seq.num_pending:", "if False:")
+
+
+@mutant
+def a_preempted_sequence_comes_straight_back(patch: Patch) -> None:
+    rewrite(patch, scheduler, "schedule", "if not preempted:", "if True:")
+
+
+@mutant
+def the_highest_rank_is_preempted(patch: Patch) -> None:
+    rewrite(patch, scheduler, "_schedule_decodes", "victim = running[-1]", "victim = running[0]")
+
+
+@mutant
+def a_decode_that_needs_a_block_gets_none(patch: Patch) -> None:
+    rewrite(
+        patch,
+        scheduler,
+        "_schedule_decodes",
+        "seq.num_computed == seq.num_blocks",
+        "seq.num_computed > seq.num_blocks",
+    )
+
+
+@mutant
+def a_decode_runs_past_its_end(patch: Patch) -> None:
+    rewrite(patch, scheduler, "_schedule_decodes", " or seq.num_total >= seq.max_total", "")
+
+
+@mutant
+def prompts_go_before_decodes(patch: Patch) -> None:
+    rewrite(patch, scheduler, "schedule", "rows=tuple(rows)", "rows=tuple(rows[::-1])")
+
+
+@mutant
+def the_budget_forgets_the_decodes(patch: Patch) -> None:
+    rewrite(patch, scheduler, "schedule", "max_step_tokens - num_decodes", "max_step_tokens")
+
+
+@mutant
+def a_prompt_uses_half_the_budget(patch: Patch) -> None:
+    rewrite(
+        patch,
+        scheduler,
+        "schedule",
+        "min(seq.num_uncomputed, budget)",
+        "min(seq.num_uncomputed, -(-budget // 2))",
+    )
+
+
+@mutant
+def blocks_are_named_before_they_are_computed(patch: Patch) -> None:
+    rewrite(
+        patch,
+        scheduler,
+        "_name_full_blocks",
+        "min(seq.num_computed, len(seq.token_ids))",
+        "len(seq.token_ids)",
+    )
+
+
+@mutant
+def blocks_are_named_before_their_tokens_are_known(patch: Patch) -> None:
+    rewrite(
+        patch,
+        scheduler,
+        "_name_full_blocks",
+        "min(seq.num_computed, len(seq.token_ids))",
+        "seq.num_computed",
+    )
+    rewrite(patch, scheduler, "schedule", "rows[num_decodes:]", "rows")
+
+
+@mutant
+def a_block_is_named_while_a_place_in_it_is_empty(patch: Patch) -> None:
+    rewrite(
+        patch,
+        scheduler,
+        "_name_full_blocks",
+        "// limits.block_size",
+        "// limits.block_size + (seq.num_computed % limits.block_size > 1)",
+    )
+
+
+@mutant
+def a_block_is_matched_within_its_own_step(patch: Patch) -> None:
+    rewrite(
+        patch,
+        scheduler,
+        "_admit_waiting",
+        "rows.append(_advance(seq, num_tokens, block_size))",
+        "rows.append(_advance(seq, num_tokens, block_size)); _name_full_blocks(seq, core, limits)",
+    )
+
+
+@mutant
+def a_stop_token_is_overlooked(patch: Patch) -> None:
+    rewrite(patch, scheduler, "commit", "token in row.request.stop_ids", "False")
+
+
+@mutant
+def max_tokens_is_off_by_one(patch: Patch) -> None:
+    rewrite(patch, scheduler, "commit", "== seq.max_total", "== seq.max_total - 1")
+
+
+@mutant
+def steps_of_an_ended_request_reach_its_successor(patch: Patch) -> None:
+    rewrite(patch, scheduler, "commit", " or plan.step < seq.first_step", "")
+
+
+@mutant
+def steps_are_told_apart_by_the_request_object(patch: Patch) -> None:
+    rewrite(
+        patch,
+        scheduler,
+        "commit",
+        "plan.step < seq.first_step",
+        "seq.request is not row.request",
+    )
+
+
+@mutant
+def a_failed_step_ends_nothing(patch: Patch) -> None:
+    rewrite(patch, scheduler, "fail", "for plan in plans:", "for plan in ():")
+
+
+@mutant
+def a_failed_step_leaves_the_others_running(patch: Patch) -> None:
+    rewrite(patch, scheduler, "fail", "while core.running:", "while False:")
+
+
+@mutant
+def an_abort_forgets_the_request(patch: Patch) -> None:
+    rewrite(patch, Core, "remove", "self._stop(seq)", "self.running.remove(seq)")
+
+
+@mutant
+def a_state_can_be_used_twice(patch: Patch) -> None:
+    patch.setattr(SchedulerState, "_take", SchedulerState._peek)

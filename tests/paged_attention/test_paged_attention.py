@@ -1,0 +1,316 @@
+"""Both backends against a float64 oracle, over shapes, dtypes and ragged batches."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+from collections.abc import Iterator
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from pallas_kernels import paged_attention as pa
+from pallas_kernels.paged_attention import xla
+from tests.paged_attention.oracle import (
+    Case,
+    Program,
+    bits,
+    check,
+    compiled,
+    expect,
+    make_case,
+    run,
+)
+
+BACKENDS: tuple[pa.Backend, ...] = ("xla", "reference")
+HEAD_DIMS, RATIOS = (8, 64, 80, 128), (1, 3, 4, 8)
+BLOCK_SIZES, DTYPES = (8, 16, 32, 64, 128, 256), ("float32", "bfloat16")
+
+# Every head dim with every ratio; block sizes and dtypes take turns, so that each pair of a
+# block size and a dtype occurs.
+SHAPES = [
+    (head_dim, ratio, BLOCK_SIZES[index % 6], DTYPES[index // 6 % 2])
+    for index, (head_dim, ratio) in enumerate(itertools.product(HEAD_DIMS, RATIOS))
+]
+
+
+def rows_for(block_size: int) -> list[tuple[int, int]]:
+    """Contexts that end before, on and after an edge of a block; one empty row."""
+    return [
+        (1, 0),
+        (1, block_size - 1),
+        (1, block_size),
+        (0, 0),
+        (7, block_size - 7),
+        (3, block_size - 1),
+        (1, 2 * block_size + 1),
+        (block_size + 1, 0),
+    ]
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("head_dim", "ratio", "block_size", "dtype"), SHAPES)
+def test_a_ragged_batch_matches_the_oracle(
+    head_dim: int, ratio: int, block_size: int, dtype: str, backend: pa.Backend
+) -> None:
+    rows = rows_for(block_size)
+    case = make_case(
+        rows,
+        head_dim=head_dim,
+        ratio=ratio,
+        num_kv_heads=2,
+        block_size=block_size,
+        dtype=dtype,
+        num_tokens=sum(new for new, _ in rows) + 5,
+        num_seqs=len(rows) + 2,
+        table_width=5,
+    )
+    check(case, *run(case, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_bfloat16_pool_serves_float32_queries(backend: pa.Backend) -> None:
+    rows = [(1, 20), (9, 8)]
+    case = make_case(rows, dtype="float32", pool_dtype="bfloat16", head_dim=64)
+    check(case, *run(case, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("layer", [0, 1, 2])
+def test_each_layer_keeps_to_its_part_of_the_pool(layer: int, backend: pa.Backend) -> None:
+    case = make_case([(1, 30), (5, 9), (1, 0)], layer=layer, num_layers=3)
+    check(case, *run(case, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_full_pool_and_a_full_table_are_used_to_the_last_position(backend: pa.Backend) -> None:
+    case = make_case([(1, 31), (8, 16), (32, 0)], num_blocks=11, table_width=4, num_seqs=3)
+    assert np.isfinite(case.pool[case.first_block : case.first_block + 11]).any()
+    check(case, *run(case, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(
+    "rows",
+    [[(1, 0)], [(2, 0)], [(1, 700)], [(70, 300)], [(65, 0), (64, 256), (1, 255), (1, 256)]],
+    ids=str,
+)
+def test_contexts_longer_than_a_chunk_and_rows_longer_than_a_tile(
+    rows: list[tuple[int, int]], backend: pa.Backend
+) -> None:
+    """The kernel's own tile and chunk sizes, crossed and met exactly."""
+    case = make_case(rows, block_size=16)
+    check(case, *run(case, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_more_decodes_than_a_group_of_very_different_lengths(backend: pa.Backend) -> None:
+    lengths = [300, 1, 17, 255, 256, 257, 0, 64] * 5
+    case = make_case([(1, length) for length in lengths], block_size=32, num_tokens=48, num_seqs=48)
+    check(case, *run(case, backend))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_batch_of_padding_only_changes_nothing(backend: pa.Backend) -> None:
+    case = make_case([], num_tokens=6, num_seqs=3, num_blocks=4, table_width=2)
+    out, pool = run(case, backend)
+    assert bits(pool) == bits(case.pool)
+    assert (out == 0).all()
+
+
+def test_very_large_scores_stay_finite() -> None:
+    """A softmax that doesn't subtract the largest score would overflow."""
+    case = make_case([(1, 20), (6, 10)])
+    case = dataclasses.replace(case, scale=300.0)
+    for backend in BACKENDS:
+        out, _ = run(case, backend)
+        np.testing.assert_allclose(out[:7], expect(case).out[:7], rtol=0, atol=2e-2)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_chunks_of_a_prompt_equal_the_whole(backend: pa.Backend) -> None:
+    """Pool bit for bit, output within float32 rounding, whatever the chunks."""
+    length, block_size = 45, 8
+    whole = make_case([(length, 0), (1, 30)], block_size=block_size, num_layers=2)
+    expected = expect(whole)
+    program = compiled(backend)
+    out, pool = run(whole, backend, program)
+    check(whole, out, pool, expected)
+    for chunks in ((9, 9, 9, 9, 9), (1, 9, 34, 1), (44, 1)):
+        assert sum(chunks) == length
+        chunked_pool, parts, start = whole.pool, [], 0
+        for chunk in chunks:
+            tokens = [*range(start, start + chunk), length]
+            step = dataclasses.replace(
+                whole,
+                q=whole.q[tokens],
+                k=whole.k[tokens],
+                v=whole.v[tokens],
+                pool=chunked_pool,
+                query_starts=np.array([0, chunk, chunk + 1], np.int32),
+                kv_lens=np.array([start + chunk, 31], np.int32),
+            )
+            part, chunked_pool = run(step, backend, program)
+            parts.append(part[:chunk])
+            start += chunk
+        assert bits(chunked_pool) == bits(pool)
+        error = np.abs(np.concatenate(parts) - expected.out[:length])
+        assert (error <= expected.tolerance[:length]).all()
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_any_physical_placement_gives_the_same_bits(backend: pa.Backend) -> None:
+    case = make_case([(1, 37), (11, 12), (1, 8)], num_blocks=16)
+    program = compiled(backend)
+    out, pool = run(case, backend, program)
+    rng = np.random.default_rng(7)
+    for _ in range(3):
+        moved, order = move_blocks(case, rng)
+        moved_out, moved_pool = run(moved, backend, program)
+        assert bits(moved_out) == bits(out)
+        assert bits(moved_pool[order]) == bits(pool)
+
+
+def move_blocks(case: Case, rng: np.random.Generator) -> tuple[Case, np.ndarray]:
+    """The same contents elsewhere, and for each old entry of the pool its new place."""
+    num_blocks = len(case.pool) // 3
+    place = rng.permutation(num_blocks).astype(np.int32)
+    order = np.concatenate([layer * num_blocks + place for layer in range(3)])
+    pool = np.empty_like(case.pool)
+    pool[order] = case.pool
+    return dataclasses.replace(case, pool=pool, block_tables=place[case.block_tables]), order
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_sequence_does_not_depend_on_its_neighbours(backend: pa.Backend) -> None:
+    """The same row, alone among empty rows and between others: equal bits."""
+    case = make_case([(6, 11), (1, 23), (9, 0)])
+    program = compiled(backend)
+    out, _ = run(case, backend, program)
+    for row in range(3):
+        start, stop = case.query_starts[row : row + 2]
+        kept = slice(start, stop)
+
+        def only(values: np.ndarray, kept: slice = kept) -> np.ndarray:
+            alone = np.full_like(values, np.nan)
+            alone[: kept.stop - kept.start] = values[kept]
+            return alone
+
+        alone = dataclasses.replace(
+            case,
+            q=only(case.q),
+            k=only(case.k),
+            v=only(case.v),
+            query_starts=np.array([0, stop - start, stop - start, stop - start], np.int32),
+            kv_lens=np.array([case.kv_lens[row], 0, 0], np.int32),
+            block_tables=case.block_tables[[row, 0, 0]],
+        )
+        single, _ = run(alone, backend, program)
+        assert bits(single[: stop - start]) == bits(out[start:stop])
+
+
+MAX_SEQS, MAX_TOKENS, WIDTH, RANDOM_BLOCKS = 6, 24, 5, 40
+
+
+@pytest.fixture(scope="module")
+def small_tiles() -> Iterator[None]:
+    """Groups, tiles and chunks so small that a random batch crosses many of their edges."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(xla, "DECODE_GROUP", 2)
+        patch.setattr(xla, "QUERY_TILE", 4)
+        patch.setattr(xla, "DECODE_CHUNK", 16)
+        patch.setattr(xla, "PREFILL_CHUNK", 8)
+        yield
+
+
+@pytest.fixture(scope="module")
+def programs(small_tiles: None) -> dict[pa.Backend, Program]:
+    """Each backend, to be compiled once for all random batches."""
+    return {backend: compiled(backend) for backend in BACKENDS}
+
+
+@st.composite
+def batches(draw: st.DrawFn) -> list[tuple[int, int]]:
+    """Rows of (new tokens, context before), empty ones among them, that fit the shapes."""
+    rows, left = [], MAX_TOKENS
+    for _ in range(draw(st.integers(0, MAX_SEQS))):
+        new = draw(st.one_of(st.just(min(1, left)), st.integers(0, left)))
+        rows.append((new, draw(st.integers(0, WIDTH * 8 - new)) if new else 0))
+        left -= new
+    return rows
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@settings(max_examples=150, deadline=None, derandomize=True)
+@given(rows=batches(), seed=st.integers(0, 2**32 - 1), layer=st.integers(0, 1))
+def test_random_ragged_batches_match_the_oracle(
+    rows: list[tuple[int, int]],
+    seed: int,
+    layer: int,
+    backend: pa.Backend,
+    programs: dict[pa.Backend, Program],
+) -> None:
+    case = make_case(
+        rows,
+        num_tokens=MAX_TOKENS,
+        num_seqs=MAX_SEQS,
+        num_blocks=RANDOM_BLOCKS,
+        table_width=WIDTH,
+        num_layers=2,
+        layer=layer,
+        seed=seed,
+    )
+    check(case, *run(case, backend, programs[backend]))
+
+
+@pytest.mark.parametrize(("decode", "prefill"), [(16, 64), (64, 16), (1024, 32), (32, 1024)])
+def test_chunks_of_decodes_and_of_prompts_may_differ(
+    decode: int, prefill: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The padded table must hold the last chunk of either, or its end is read twice."""
+    monkeypatch.setattr(xla, "DECODE_CHUNK", decode)
+    monkeypatch.setattr(xla, "PREFILL_CHUNK", prefill)
+    case = make_case([(1, 71), (1, 39), (20, 52), (5, 20)], table_width=9)
+    check(case, *run(case, "xla"))
+
+
+def test_a_backend_is_what_was_asked_for_or_an_error() -> None:
+    assert pa.resolve_backend("auto", "cpu") == "xla"
+    assert pa.resolve_backend("xla", "tpu") == "xla"
+    assert pa.resolve_backend("reference", "cpu") == "reference"
+    with pytest.raises(ValueError, match=r"'tpu' is not one of auto, xla, reference .*cpu"):
+        pa.resolve_backend("tpu", "cpu")
+
+
+def test_the_pools_shape_has_all_layers_in_one_axis() -> None:
+    shape = pa.kv_pool_shape(num_layers=3, num_blocks=5, num_kv_heads=2, block_size=16, head_dim=64)
+    assert shape == (15, 2, 16, 128)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"k": (4, 2, 16)}, "don't fit each other"),
+        ({"v": (4, 1, 8)}, "don't fit each other"),
+        ({"k": (3, 2, 8), "v": (3, 2, 8)}, "don't fit each other"),
+        ({"q": (4, 3, 8)}, "3 query heads can't share 2 KV heads"),
+        ({"kv_pool": (6, 1, 8, 16)}, "must be \\[blocks, 2, B, 16\\]"),
+        ({"kv_pool": (6, 2, 8, 8)}, "must be \\[blocks, 2, B, 16\\]"),
+        ({"kv_pool": (6, 2, 128)}, "must be \\[blocks, 2, B, 16\\]"),
+    ],
+)
+def test_shapes_that_do_not_fit_are_refused(
+    changes: dict[str, tuple[int, ...]], message: str
+) -> None:
+    shapes = {"q": (4, 4, 8), "k": (4, 2, 8), "v": (4, 2, 8), "kv_pool": (6, 2, 8, 16)}
+    q, k, v, pool = (jnp.zeros(shape) for shape in (shapes | changes).values())
+    ragged = make_case([(4, 0)]).ragged()
+    for backend in BACKENDS:
+        work = pa.prepare(ragged, block_size=8, backend=backend)
+        with pytest.raises(ValueError, match=message):
+            pa.paged_attention(
+                q, k, v, pool, work, first_block=jnp.int32(0), scale=1.0, backend=backend
+            )
