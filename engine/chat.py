@@ -10,6 +10,7 @@ import asyncio
 import contextlib
 import re
 import sys
+from typing import TextIO
 
 from engine.client import DEFAULT_ADDRESS, AsyncClient, ServiceError
 from engine.types import FinishReason, InvalidRequest, SamplingParams
@@ -18,7 +19,8 @@ EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do
 
 _HELP = "Ctrl-C stops an answer, /new starts over, Ctrl-D ends."
-# A model's output is not trusted to steer the terminal: C0 but for tab and line feed, DEL, C1.
+# Neither a model's output nor a server's words are trusted to steer the terminal: C0 but for
+# tab and line feed, DEL, C1.
 _CONTROLS = re.compile(r"[\x00-\x08\x0b-\x1f\x7f-\x9f]")
 
 
@@ -143,12 +145,17 @@ def _message(role: str, content: str) -> dict[str, str]:
 
 
 def _print_part(text: str) -> None:
-    sys.stdout.write(_CONTROLS.sub("", text) if sys.stdout.isatty() else text)
+    sys.stdout.write(_shown(text, sys.stdout))
     sys.stdout.flush()
 
 
 def _note(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    print(_shown(text, sys.stderr), file=sys.stderr, flush=True)
+
+
+def _shown(text: str, stream: TextIO) -> str:
+    """The text as the stream may have it: a terminal gets no control characters."""
+    return _CONTROLS.sub("", text) if stream.isatty() else text
 
 
 def _complain(error: Exception) -> None:

@@ -77,7 +77,7 @@ def chat(
 def generate(
     *,
     config: ConfigPath,
-    input_: Annotated[Path, Parameter(name=["--input", "-i"])],
+    input_: Annotated[Path, Parameter(name=["--input", "-i"], allow_leading_hyphen=True)],
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     set_: Overrides = None,
     record: Path | None = None,
@@ -132,16 +132,14 @@ def plan(
         architecture = open_checkpoint(resolve_source(loaded)).architecture
     result = memory_plan.plan(loaded, architecture, hbm=parse_size(hbm) if hbm else None)
     if json:
-        import msgspec
-
-        print(msgspec.json.format(msgspec.json.encode(dataclasses.asdict(result))).decode())
+        print(result.as_json())
     else:
         from rich.console import Console
 
         from engine.plan_tables import render
 
         Console().print(render(result))
-    return 0
+    return 0 if result.fits else 1
 
 
 @app.command
@@ -350,11 +348,11 @@ def _text(path: Path | None) -> str | None:
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one line, without a traceback."""
-    logging.basicConfig(
-        level=os.environ.get("OCTAVO_LOG", "WARNING").upper(),
-        format="%(levelname)s %(name)s: %(message)s",
-    )
     try:
+        logging.basicConfig(
+            level=os.environ.get("OCTAVO_LOG", "WARNING").upper(),
+            format="%(levelname)s %(name)s: %(message)s",
+        )
         sys.exit(app(sys.argv[1:]) or 0)
     except KeyboardInterrupt:
         sys.exit(130)
@@ -368,4 +366,8 @@ def main() -> None:
 def _message(error: Exception) -> str:
     if isinstance(error, OSError) and error.filename:
         return f"{error.filename}: {error.strerror}"
+    from engine.config import ConfigError
+
+    if isinstance(error, ConfigError):  # YAML's own messages are drawn over several lines
+        return " ".join(str(error).split())
     return str(error)

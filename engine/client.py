@@ -230,13 +230,17 @@ def _delta(response: pb.GenerateResponse) -> Delta:
             stop_reason = response.stop_token_id
         case _:
             stop_reason = None
+    try:
+        finish_reason = convert.finish_reason_from_proto(response)
+    except ValueError as error:
+        raise ServiceError(grpc.StatusCode.INTERNAL, str(error)) from None
     return Delta(
         request_id=response.request_id,
         text=response.text,
         token_ids=tuple(response.token_ids),
         logprobs=tuple(map(convert.logprobs_from_proto, response.logprobs)),
         prompt_logprobs=tuple(map(convert.logprobs_from_proto, response.prompt_logprobs)),
-        finish_reason=convert.finish_reason_from_proto(response),
+        finish_reason=finish_reason,
         stop_reason=stop_reason,
         prompt_tokens=response.usage.prompt_tokens,
         cached_tokens=response.usage.cached_tokens,

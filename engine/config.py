@@ -176,7 +176,7 @@ class ServerConfig:
     Attributes:
       host, port: where it listens; port 0 takes a free one.
       max_message: bytes of the largest message that is taken.
-      max_concurrent: streams served at once; one more is refused.
+      max_concurrent: calls in progress at once; one more is refused.
     """
 
     host: str = "127.0.0.1"
@@ -376,6 +376,10 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"scheduler.max_step_tokens ({scheduler.max_step_tokens}) is below max_num_seqs "
             f"({scheduler.max_num_seqs}), so a step could not take one token of each sequence"
+        )
+    if config.server.max_message > 2**31 - 1:
+        raise ConfigError(
+            f"server.max_message is {config.server.max_message}; gRPC takes at most 2147483647"
         )
     if not 0 <= config.server.port <= 65535:
         raise ConfigError(f"server.port is {config.server.port}; it must be from 0 to 65535")

@@ -11,6 +11,7 @@ import asyncio
 import dataclasses
 import functools
 import itertools
+import os
 import secrets
 import threading
 import time
@@ -210,9 +211,12 @@ class Engine:
 
         Raises:
           ConfigError, WeightsError: the config or the model's files can't be used.
+          OSError: the event log can't be written.
         """
         from engine.loading import load_engine
 
+        if record is not None:  # find out early whether it can be written: loading takes long
+            os.close(os.open(record, os.O_WRONLY | os.O_CREAT, 0o600))
         return cls(load_engine(config, progress), record)
 
     async def generate(
@@ -252,7 +256,7 @@ class Engine:
             if request_id in self._streams:
                 raise InvalidRequest("request_id", f"{request_id!r} is already running")
             self._streams[request_id] = stream
-        ended = False
+        ended = True  # in the step loop: it doesn't know the request yet
         try:
             resolve = functools.partial(
                 self._resolver.resolve,
@@ -267,6 +271,7 @@ class Engine:
             request = resolve() if quick else await asyncio.to_thread(resolve)
             stream.start(request, self.tokenizer)
             self._submit(stream, request)
+            ended = False
             while not ended:
                 await stream.arrived.wait()
                 delta = stream.take()
@@ -290,6 +295,11 @@ class Engine:
                 stream.is_aborted = True
                 self._loop.abort(stream.key)
         return stream is not None
+
+    @property
+    def is_alive(self) -> bool:
+        """Whether the step loop runs; if it failed, the log says why."""
+        return self._loop.is_alive
 
     def model_info(self) -> ModelInfo:
         """Which model this is."""

@@ -8,6 +8,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import os
+import secrets
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -174,9 +175,10 @@ def _replacing(output: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `output` if the block ends without an error."""
     target = output.resolve()  # what a link points to is replaced, not the link
     in_place = target.exists() and not target.is_file()  # a pipe, or a device
-    partial = target if in_place else target.with_name(f".{target.name}.partial")
+    # A name of its own, created exclusively: neither another run nor a planted link shares it.
+    partial = target if in_place else target.with_name(f".{target.name}.{secrets.token_hex(4)}")
     try:
-        with open(partial, "wb") as file:
+        with open(partial, "wb" if in_place else "xb") as file:
             yield file
         if not in_place:
             os.replace(partial, target)

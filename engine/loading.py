@@ -114,7 +114,7 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     )
     return LoadedEngine(
         config=config,
-        name=config.model.name or Path(config.model.source).name.removesuffix(".gguf"),
+        name=_name(config),
         architecture=arch,
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
@@ -138,6 +138,16 @@ def make_limits(config: Config, arch: Architecture, weights_fingerprint: str) ->
             f"{arch.max_position} tokens"
         )
     num_blocks = config_blocks(config, arch)
+    # The last token of a sequence is never fed back, so it takes no place in the cache.
+    reach = num_blocks * config.cache.block_size + 1
+    if max_model_len > reach:
+        if config.model.max_model_len is not None:
+            raise ConfigError(
+                f"model.max_model_len is {max_model_len}, but the whole cache holds sequences of "
+                f"at most {reach} tokens; lower it or enlarge the cache"
+            )
+        log.warning("sequences are limited to %d tokens, all that the cache holds", reach)
+        max_model_len = reach
     most_blocks = _MAX_PAGES // (arch.num_layers * arch.num_kv_heads)
     if num_blocks > most_blocks:
         raise ConfigError(
@@ -163,8 +173,9 @@ def use_compile_cache(folder: str) -> None:
     A folder that can't be written costs a warning and nothing else: programs are then
     compiled at each start.
     """
+    compilation_cache.reset_cache()  # jax stays with the first folder otherwise
+    jax.config.update("jax_compilation_cache_dir", None)
     if not folder:
-        jax.config.update("jax_compilation_cache_dir", None)
         return
     try:
         path = Path(folder).expanduser()
@@ -181,13 +192,14 @@ def use_compile_cache(folder: str) -> None:
             folder,
             getattr(error, "strerror", None) or error,
         )
-        jax.config.update("jax_compilation_cache_dir", None)
         return
-    if jax.config.jax_compilation_cache_dir != str(path):
-        compilation_cache.reset_cache()  # jax stays with the first folder otherwise
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _name(config: Config) -> str:
+    return config.model.name or Path(config.model.source).name.removesuffix(".gguf")
 
 
 def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:

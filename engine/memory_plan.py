@@ -308,7 +308,11 @@ def _fit(length: int, num_blocks: int, block_size: int, limit: int) -> LengthFit
 
 
 def _check_split(arch: Architecture, tensor: int) -> None:
-    for name, count in (("query heads", arch.num_heads), ("FFN columns", arch.intermediate_size)):
+    for name, count in (
+        ("query heads", arch.num_heads),
+        ("FFN columns", arch.intermediate_size),
+        ("tokens of the vocabulary", arch.vocab_size),
+    ):
         if count % tensor:
             raise ConfigError(
                 f"mesh.tensor is {tensor}, which can't cut {count} {name} evenly; "

@@ -142,6 +142,9 @@ class SamplingParams:
                 raise InvalidRequest(
                     "min_tokens", f"{self.min_tokens} is above max_tokens ({self.max_tokens})"
                 )
+        for field in ("ignore_eos", "skip_special_tokens"):
+            if not isinstance(value := getattr(self, field), bool):
+                raise InvalidRequest(field, f"{value!r:.80} is neither true nor false")
         if self.seed is not None:
             _check_int("seed", self.seed, 0, 2**64 - 1)
         for field in ("logprobs", "prompt_logprobs"):
@@ -155,15 +158,22 @@ class SamplingParams:
                     f"{text!r:.80} must be a text of 1 to {MAX_STOP_STRING_CHARS} characters",
                 )
         _check_count("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS)
+        for token in self.stop_token_ids:
+            _check_int("stop_token_ids", token, 0, 2**31 - 1)
         _check_count("bad_words", self.bad_words, MAX_BAD_WORDS)
         for text in self.bad_words:
             if not isinstance(text, str) or not text:
                 raise InvalidRequest("bad_words", "each must be a text that is not empty")
         _check_count("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
-        for token, bias in self.logit_bias:
-            _check_range(f"logit_bias[{token}]", bias, -100.0, 100.0)
+        for entry in self.logit_bias:
+            if not isinstance(entry, tuple) or len(entry) != 2:
+                raise InvalidRequest("logit_bias", f"{entry!r:.80} is not a (token id, bias) pair")
+            _check_int("logit_bias", entry[0], 0, 2**31 - 1)
+            _check_range(f"logit_bias[{entry[0]}]", entry[1], -100.0, 100.0)
         if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
             raise InvalidRequest("logit_bias", "names a token twice; give each token once")
+        if self.allowed_token_ids is not None and not isinstance(self.allowed_token_ids, tuple):
+            raise InvalidRequest("allowed_token_ids", "must be a tuple of token ids")
         if self.allowed_token_ids is not None and not self.allowed_token_ids:
             raise InvalidRequest(
                 "allowed_token_ids", "is empty, so no token could be chosen; leave it out"

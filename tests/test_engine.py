@@ -458,7 +458,7 @@ async def test_what_can_not_be_served_leaves_nothing_behind(engine: Engine) -> N
         ("x", {"priority": "high"}),
         ("x", {"timeout": float("nan")}),
         ("x", {"domain": Domain(salt=1)}),  # type: ignore[bad-argument-type]
-        ("x", {"sampling": SamplingParams(stop_token_ids=(-1,))}),
+        ("x", {"sampling": SamplingParams(stop_token_ids=(10**6,))}),
         ((Message("user", "x" * 600),), {}),
     )
     for prompt, options in refused:

@@ -68,6 +68,7 @@ def build(plan: StepPlan, buckets: tuple[Bucket, ...], sink_slot: int) -> Batch:
       buckets: as from `bucket_set`.
       sink_slot: the device state's last row, where padded rows write.
     """
+    assert not plan.block_copies, "no plan copies blocks yet, and none may be dropped"
     bucket = choose_bucket(plan, buckets)
     batch = empty(bucket, sink_slot)
     rows, num_rows = plan.rows, len(plan.rows)

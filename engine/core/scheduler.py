@@ -263,7 +263,7 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
         seq = sequences.get(row.request.request_id)
         if seq is None or plan.step < seq.first_step:
             continue
-        if index in tokens.prompt_logprobs:
+        if index in tokens.prompt_logprobs and seq.needs_whole_prompt:
             seq.add_prompt_logprobs(row.start, tokens.prompt_logprobs[index])
         if not row.samples:
             continue
@@ -405,6 +405,9 @@ def _output(
     logprobs: tuple[TokenLogprobs, ...],
 ) -> StepOutput:
     first = bool(token_ids) and len(seq.token_ids) == seq.num_prompt + 1
+    prompt_logprobs = tuple(seq.prompt_logprobs) if first else ()
+    if first:
+        seq.prompt_logprobs.clear()  # kilobytes a token, and they are delivered once
     return StepOutput(
         seq.request.request_id,
         token_ids,
@@ -412,7 +415,7 @@ def _output(
         seq.num_prompt,
         seq.num_cached_tokens,
         logprobs,
-        tuple(seq.prompt_logprobs) if first else (),
+        prompt_logprobs,
     )
 
 

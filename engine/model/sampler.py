@@ -135,7 +135,14 @@ def sample(
 
         return jax.lax.cond(batch.wants_logprobs[row], with_logprobs, lambda r: r, result)
 
-    result = jax.lax.fori_loop(0, batch.num_special, one_row, result)
+    # Without the condition, XLA moves what doesn't depend on the loop's index in front of the
+    # loop, and with a single row that is everything: plain rows would pay for it.
+    result = jax.lax.cond(
+        batch.num_special > 0,
+        lambda result: jax.lax.fori_loop(0, batch.num_special, one_row, result),
+        lambda result: result,
+        result,
+    )
     return result, _remember(state, slots, samples, result.token_ids)
 
 

@@ -11,6 +11,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import os
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Annotated, Any
@@ -38,7 +39,9 @@ class Recorder:
     """Appends events to a file. Not thread-safe: the engine loop owns it."""
 
     def __init__(self, path: str | Path, limits: Limits):
-        self._file = open(path, "w", encoding="utf-8")  # noqa: SIM115 - kept open on purpose
+        # For its owner only: it holds conversations.
+        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        self._file = open(descriptor, "w", encoding="utf-8")  # noqa: SIM115 - kept open on purpose
         self._write({"octavo_event_log": FORMAT, "limits": dataclasses.asdict(limits)})
 
     def admit(self, request: Request) -> None:
@@ -55,6 +58,7 @@ class Recorder:
         """A step was planned."""
         rows = [[row.request.request_id, row.start, row.num_tokens] for row in plan.rows]
         self._write({"schedule": plan.step, "digest": plan_digest(plan), "rows": rows})
+        self._file.flush()  # once a step: a crash then leaves the step that led to it
 
     def commit(self, plan: StepPlan, tokens: StepTokens) -> None:
         """A step's tokens were taken in."""
@@ -63,6 +67,7 @@ class Recorder:
     def fail(self, plans: tuple[StepPlan, ...]) -> None:
         """These steps failed on the device."""
         self._write({"fail": [plan.step for plan in plans]})
+        self._file.flush()
 
     def close(self) -> None:
         """Flush and close the file."""

@@ -19,6 +19,7 @@ from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
 from engine.core import batching, scheduler
+from engine.core.block_pool import PoolCounts
 from engine.core.scheduler import Limits, SchedulerState
 from engine.runtime.event_log import Recorder
 from engine.runtime.runner import Launched, Runner
@@ -137,8 +138,8 @@ class EngineLoop:
         self._thread.start()
 
     @property
-    def gauges(self) -> tuple[int, int, tuple[int, int, int]]:
-        """Sequences running and waiting, and (free, cached, owned) blocks, after a step."""
+    def gauges(self) -> tuple[int, int, PoolCounts]:
+        """Sequences running and waiting, and blocks by state, after the last step."""
         running, waiting, pool = self._gauges
         return running, waiting + self._num_submitted, pool
 
@@ -193,6 +194,8 @@ class EngineLoop:
 
     def _step(self, in_flight: _InFlight | None) -> _InFlight | None:
         """Launch the next step, then take in the one before it."""
+        if in_flight is None and self._state.is_idle:
+            return None
         launched: _InFlight | None = None
         failure: Exception | None = None
         try:

@@ -158,6 +158,7 @@ class Runner:
         self._kv_pool = self._state = None  # give the old memory back first
         self._kv_pool = self._make_kv_pool()
         self._state = self._make_state()
+        jax.block_until_ready((self._kv_pool, self._state))  # a lack of memory shows here
 
     def compile(self, bucket: Bucket) -> jax.stages.Compiled:
         """The program of one bucket, compiled now and kept."""
@@ -255,7 +256,13 @@ def _add_prompt_logprobs(
         jnp.zeros((num_tokens + padding, MAX_LOGPROBS), jnp.float32),
     )
     steps = -(-batch.num_prompt_logprobs // rows)
-    chosen, top_ids, top = jax.lax.fori_loop(0, steps, some_rows, out)
+    # The condition keeps XLA from moving the logits in front of the loop; see sampler.sample.
+    chosen, top_ids, top = jax.lax.cond(
+        steps > 0,
+        lambda out: jax.lax.fori_loop(0, steps, some_rows, out),
+        lambda out: out,
+        out,
+    )
     return sampled._replace(
         prompt_logprobs=chosen[:num_tokens],
         prompt_top_ids=top_ids[:num_tokens],

@@ -16,7 +16,16 @@ from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from engine.rpc.octavo.v1 import generation_pb2 as pb
-from engine.types import FinishReason, InvalidRequest, SamplingParams, TokenLogprobs
+from engine.types import (
+    MAX_BAD_WORDS,
+    MAX_LOGIT_BIAS,
+    MAX_STOP_STRINGS,
+    MAX_STOP_TOKENS,
+    FinishReason,
+    InvalidRequest,
+    SamplingParams,
+    TokenLogprobs,
+)
 
 if TYPE_CHECKING:
     from engine.frontend import Delta, EngineStats, ModelInfo, Prompt
@@ -90,8 +99,20 @@ def cache_salt_from_proto(request: pb.GenerateRequest) -> str:
     return request.cache_salt
 
 
-def prompt_from_proto(request: pb.GenerateRequest) -> Prompt:
-    """The prompt, as text, token ids or messages. Raises InvalidRequest if there is none."""
+def prompt_from_proto(request: pb.GenerateRequest, max_model_len: int) -> Prompt:
+    """The prompt, as text, token ids or messages.
+
+    Lists are counted before they are copied: a message of 4 MiB may hold millions of entries,
+    and every stream of the server would wait while Python makes objects of them.
+
+    Args:
+      request: what the client sent.
+      max_model_len: tokens of prompt and output that the model takes.
+
+    Raises:
+      InvalidRequest: there is none, or it has more token ids or messages than the model takes.
+    """
+    most = max_model_len - 1
     match request.WhichOneof("prompt"):
         case "text":
             if not request.text:
@@ -100,8 +121,20 @@ def prompt_from_proto(request: pb.GenerateRequest) -> Prompt:
         case "token_ids":
             if not request.token_ids.ids:
                 raise InvalidRequest("token_ids", "is empty; give at least one token id")
+            if (count := len(request.token_ids.ids)) > most:
+                raise InvalidRequest(
+                    "token_ids",
+                    f"has {count} tokens, but with one token of output the model takes at most "
+                    f"{most}; shorten it or raise model.max_model_len",
+                )
             return tuple(request.token_ids.ids)
         case "messages":
+            if (count := len(request.messages.messages)) > most:
+                raise InvalidRequest(
+                    "messages",
+                    f"has {count} messages, but with one token of output the model takes at most "
+                    f"{most} tokens; leave old ones out or raise model.max_model_len",
+                )
             return messages_from_proto(request.messages)
         case _:
             raise InvalidRequest("prompt", "is missing; give text, token_ids or messages")
@@ -128,14 +161,33 @@ _READ: dict[str, Callable[[Any], Any]] = {
 }
 
 
-def sampling_from_proto(message: pb.SamplingParams) -> SamplingParams:
+# SamplingParams checks these as well, but takes tuples, which are made only of short lists.
+_MAX_ENTRIES = {
+    "stop": MAX_STOP_STRINGS,
+    "stop_token_ids": MAX_STOP_TOKENS,
+    "bad_words": MAX_BAD_WORDS,
+    "logit_bias": MAX_LOGIT_BIAS,
+}
+
+
+def sampling_from_proto(message: pb.SamplingParams, vocab_size: int) -> SamplingParams:
     """The sampling parameters; unset fields take the engine's defaults.
 
     Raises:
-      InvalidRequest: a value is out of its range.
+      InvalidRequest: a value is out of its range, or a list is too long.
     """
+    count = len(message.allowed_token_ids.ids)
+    if count > vocab_size:
+        raise InvalidRequest(
+            "allowed_token_ids",
+            f"has {count} entries, but the model has {vocab_size} tokens; give each once",
+        )
     values: dict[str, Any] = {}
     for field, value in message.ListFields():
+        if field.is_repeated and len(value) > (most := _MAX_ENTRIES[field.name]):
+            raise InvalidRequest(
+                field.name, f"has {len(value)} entries, but at most {most} are taken"
+            )
         read = _READ.get(field.name, tuple if field.is_repeated else None)
         values[field.name] = read(value) if read else value
     return SamplingParams(**values)

@@ -61,6 +61,9 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
             retry_after = error.retry_after
         case Refused():
             code, message, retry_after = error.code, str(error), error.retry_after
+        case _ if _is_engine_stopped(error):
+            code = grpc.StatusCode.UNAVAILABLE
+            message = "the engine of this server has stopped; its log says why. Try another server"
         case _:
             code, message = grpc.StatusCode.INTERNAL, "the server failed; its log says why"
     if retry_after is not None:
@@ -70,6 +73,14 @@ def status_of(error: Exception) -> tuple[grpc.StatusCode, status_pb2.Status]:
     if details is not None:
         status.details.add().Pack(details)
     return code, status
+
+
+def _is_engine_stopped(error: Exception) -> bool:
+    # Imported here: a server listens before it loads the engine's modules. Whoever raised the
+    # error has paid for them.
+    from engine.frontend import EngineStopped
+
+    return isinstance(error, EngineStopped)
 
 
 def _path(field: str) -> str:

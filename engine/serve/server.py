@@ -35,6 +35,7 @@ log = logging.getLogger("octavo.serve")
 
 GRACE_SECONDS = 5.0  # for streams to end by themselves when the server stops
 ABORT_SECONDS = 2.0  # for aborted streams to say goodbye after that
+_WATCH_SECONDS = 1.0  # between looks at whether the engine still runs
 
 _DEFAULT = ServerConfig()
 
@@ -130,7 +131,8 @@ def run_server(
       progress: passed to `Engine.from_config`.
 
     Returns:
-      The exit code: 0 after a signal, 1 if the address is not available.
+      The exit code: 0 after a signal, 1 if the address is not available or the engine stopped
+      by itself.
     """
 
     def load() -> Engine:
@@ -142,10 +144,12 @@ def run_server(
 
 
 def serve(config: ServerConfig, load: Callable[[], Engine], grace: float = GRACE_SECONDS) -> int:
-    """Listen, load the engine, serve until a signal, close the engine.
+    """Listen, load the engine, serve until a signal or the engine's end, close the engine.
 
     The address is taken before the engine is loaded: a busy port shows at once, not after a
-    minute of loading. Exceptions of `load` pass through. Returns the exit code.
+    minute of loading. A server whose engine stopped by itself ends, rather than refuse every
+    call as a healthy one: what supervises it can start it again. Exceptions of `load` pass
+    through. Returns the exit code.
     """
     server = Server(config, grace=grace)
     with background_loop() as run:
@@ -161,8 +165,13 @@ def serve(config: ServerConfig, load: Callable[[], Engine], grace: float = GRACE
             cleanup.callback(lambda: run(server.stop()))  # before the engine closes
             run(server.set_engine(engine))
             print(_ready_line(engine.model_info().name, server.address), flush=True)
-            _wait_for_signal()
-    return 0
+            if _wait_for_signal(lambda: engine.is_alive):
+                return 0
+            log.error(
+                "the engine stopped by itself; the error it logged before this says why. The "
+                "server ends: start it again"
+            )
+            return 1
 
 
 @contextlib.contextmanager
@@ -194,13 +203,20 @@ def _new_event_loop() -> asyncio.AbstractEventLoop:
     return uvloop.new_event_loop()
 
 
-def _wait_for_signal() -> None:
-    """Return at the first SIGINT or SIGTERM; a second one has its usual effect again."""
+def _wait_for_signal(is_alive: Callable[[], bool]) -> bool:
+    """Wait for SIGINT or SIGTERM; a second one has its usual effect again.
+
+    Returns:
+      True after a signal, False if `is_alive` doesn't hold any more.
+    """
     stop = threading.Event()
     signals = (signal.SIGINT, signal.SIGTERM)
     previous = {number: signal.signal(number, lambda *_: stop.set()) for number in signals}
     try:
-        stop.wait()
+        while not stop.wait(_WATCH_SECONDS):
+            if not is_alive():
+                return False
+        return True
     finally:
         for number, handler in previous.items():
             signal.signal(number, handler)

@@ -8,10 +8,9 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import functools
 import logging
 import uuid
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -48,7 +47,8 @@ class GenerationService:
     that is missing here fails when the server starts.
 
     Args:
-      max_concurrent: calls of Generate, Tokenize and Detokenize in progress at once.
+      max_concurrent: calls of Generate, Tokenize and Detokenize in progress at once, those
+        included whose client left while a thread still works for them.
     """
 
     def __init__(self, max_concurrent: int):
@@ -89,15 +89,13 @@ class GenerationService:
         # inside this frame, and never leaves the engine's stream to the garbage collector.
         engine = self._ready_engine()
         convert.refuse_unknown_fields(request)
-        prompt = convert.prompt_from_proto(request)
-        sampling = convert.sampling_from_proto(request.sampling)
-        domain = domain_of(context, request)
         with self._call(), self._stream(convert.request_id_from_proto(request)) as request_id:
+            model = engine.model_info()
             stream = engine.generate(
-                prompt,
-                sampling,
+                convert.prompt_from_proto(request, model.max_model_len),
+                convert.sampling_from_proto(request.sampling, model.architecture.vocab_size),
                 request_id=request_id,
-                domain=domain,
+                domain=domain_of(context, request),
                 priority=request.priority,
                 timeout=context.time_remaining(),
             )
@@ -113,24 +111,25 @@ class GenerationService:
     ) -> pb.TokenizeResponse:
         engine = self._ready_engine()
         convert.refuse_unknown_fields(request)
-        match request.WhichOneof("input"):
-            case "text":
-                special = not request.HasField("add_special_tokens") or request.add_special_tokens
-                encode = functools.partial(engine.tokenizer.encode, request.text, special)
-            case "messages":
-                if request.HasField("add_special_tokens"):
-                    raise InvalidRequest(
-                        "add_special_tokens",
-                        "is for text only, as a chat template writes its own; leave it out",
-                    )
-                messages = convert.messages_from_proto(request.messages)
-                encode = functools.partial(engine.tokenizer.apply_chat_template, messages)
-            case _:
-                raise InvalidRequest("input", "is missing; give text or messages")
-        with self._call():
-            # Megabytes of text take a second, in which streams must go on.
-            token_ids = await asyncio.to_thread(encode)
-        return pb.TokenizeResponse(token_ids=token_ids)
+        tokenizer = engine.tokenizer
+
+        def encode() -> list[int]:
+            match request.WhichOneof("input"):
+                case "text":
+                    is_set = request.HasField("add_special_tokens")
+                    return tokenizer.encode(request.text, not is_set or request.add_special_tokens)
+                case "messages":
+                    if request.HasField("add_special_tokens"):
+                        raise InvalidRequest(
+                            "add_special_tokens",
+                            "is for text only, as a chat template writes its own; leave it out",
+                        )
+                    messages = convert.messages_from_proto(request.messages)
+                    return tokenizer.apply_chat_template(messages)
+                case _:
+                    raise InvalidRequest("input", "is missing; give text or messages")
+
+        return pb.TokenizeResponse(token_ids=await self._on_thread(encode))
 
     async def Detokenize(
         self, request: pb.DetokenizeRequest, context: grpc.aio.ServicerContext
@@ -138,18 +137,18 @@ class GenerationService:
         engine = self._ready_engine()
         convert.refuse_unknown_fields(request)
         vocab_size = engine.model_info().architecture.vocab_size
-        token_ids = list(request.token_ids)
-        if token_ids and (largest := max(token_ids)) >= vocab_size:
-            raise InvalidRequest(
-                f"token_ids[{token_ids.index(largest)}]",
-                f"{largest} is not in the vocabulary; token ids are from 0 to {vocab_size - 1}",
-            )
         skip = not request.HasField("skip_special_tokens") or request.skip_special_tokens
-        with self._call():
-            text = await asyncio.to_thread(
-                engine.tokenizer.decode, token_ids, skip_special_tokens=skip
-            )
-        return pb.DetokenizeResponse(text=text)
+
+        def decode() -> str:
+            token_ids = list(request.token_ids)
+            if token_ids and (largest := max(token_ids)) >= vocab_size:
+                raise InvalidRequest(
+                    f"token_ids[{token_ids.index(largest)}]",
+                    f"{largest} is not in the vocabulary; token ids are from 0 to {vocab_size - 1}",
+                )
+            return engine.tokenizer.decode(token_ids, skip_special_tokens=skip)
+
+        return pb.DetokenizeResponse(text=await self._on_thread(decode))
 
     async def GetModelInfo(
         self, request: pb.GetModelInfoRequest, context: grpc.aio.ServicerContext
@@ -186,9 +185,28 @@ class GenerationService:
             )
         return self._engine
 
+    async def _on_thread[T](self, work: Callable[[], T]) -> T:
+        """Do the text work of a call on a thread: megabytes take a second, and streams go on.
+
+        The call is in progress until the work ends, not until its client leaves: a thread can't
+        be stopped, and clients that call and cancel could pile up work without end.
+        """
+        self._begin_call()
+        future = asyncio.get_running_loop().run_in_executor(None, work)
+        future.add_done_callback(lambda _: self._end_call())
+        return await asyncio.shield(future)
+
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:
-        """Count a call while it is in progress; refuse it above the limit."""
+        """Count a call while it is in progress."""
+        self._begin_call()
+        try:
+            yield
+        finally:
+            self._end_call()
+
+    def _begin_call(self) -> None:
+        """Count a call, or refuse it above the limit; `_end_call` must follow."""
         if self._num_calls >= self._max_concurrent:
             raise Refused(
                 grpc.StatusCode.RESOURCE_EXHAUSTED,
@@ -198,12 +216,11 @@ class GenerationService:
             )
         self._num_calls += 1
         self._idle.clear()
-        try:
-            yield
-        finally:
-            self._num_calls -= 1
-            if not self._num_calls:
-                self._idle.set()
+
+    def _end_call(self) -> None:
+        self._num_calls -= 1
+        if not self._num_calls:
+            self._idle.set()
 
     @contextlib.contextmanager
     def _stream(self, request_id: str | None) -> Iterator[str]:

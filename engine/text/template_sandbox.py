@@ -25,7 +25,12 @@ from jinja2.visitor import NodeTransformer
 MAX_ITERATIONS = 250_000  # loop passes and macro calls of one rendering
 MAX_RENDERED_CHARACTERS = 16 * 2**20
 _MAX_POWER = 64
+# Methods and filters that make much of little, by padding or by counting.
 _PADDING = frozenset({"center", "expandtabs", "format", "format_map", "ljust", "rjust", "zfill"})
+_PADDING |= {"to_bytes"}
+_REMOVED_FILTERS = ("batch", "center", "format", "slice", "urlize", "xmlattr")
+_TEXTS = (str, bytes, bytearray)
+_SIZED = (*_TEXTS, list, tuple)
 
 
 class TemplateFailure(Exception):
@@ -37,10 +42,11 @@ class TemplateSandbox:
 
     Bounded are: loop passes and macro calls together (MAX_ITERATIONS), `range` (jinja2's own
     limit of 100,000), recursion (Python's), the size of what `+`, `~`, `*` and the whole
-    rendering make (MAX_RENDERED_CHARACTERS), and exponents. Methods and filters that pad are
-    not available. Not bounded is what a single filter or method call makes of large arguments,
-    such as a `replace` of every character by a long text: that takes a template that means
-    harm, and then costs time and memory, but gives no access to anything.
+    rendering make (MAX_RENDERED_CHARACTERS), exponents, and the digits of `round`. What pads to
+    a width or a count is not available: the methods, the filters (`batch` and `slice` among
+    them), and `%` on a text. Not bounded is what a single filter or method call makes of large
+    arguments, such as a `replace` of every character by a long text: that takes a template that
+    means harm, and then costs time and memory, but gives no access to anything.
     """
 
     def __init__(self) -> None:
@@ -102,16 +108,17 @@ class _CountingContext(Context):
 
 class _Environment(ImmutableSandboxedEnvironment):
     context_class = _CountingContext
-    intercepted_binops = frozenset({"+", "*", "**"})
+    intercepted_binops = frozenset({"+", "*", "**", "%"})
     concat = staticmethod(_join)  # of the pieces that a macro or a `set` block makes
 
     def __init__(self, **options: Any):
         super().__init__(**options)
-        for name in ("center", "format", "urlize", "xmlattr"):
+        for name in _REMOVED_FILTERS:
             del self.filters[name]
         del self.globals["lipsum"]
         self.filters["tojson"] = _tojson
         self.filters["indent"] = _indent
+        self.filters["round"] = _round
         functions: dict[str, Any] = self.globals
         functions.update(raise_exception=_raise_exception, strftime_now=_strftime_now)
 
@@ -124,13 +131,15 @@ class _Environment(ImmutableSandboxedEnvironment):
     def call_binop(self, context: Context, operator: str, left: Any, right: Any) -> Any:
         if operator == "**" and not all(-_MAX_POWER <= x <= _MAX_POWER for x in (left, right)):
             raise TemplateFailure(f"raises a number to a power above {_MAX_POWER}")
+        if operator == "%" and isinstance(left, _TEXTS):
+            raise TemplateFailure("formats a text with %, which pads without bound; use ~")
         if operator == "*":
             for sized, count in ((left, right), (right, left)):
-                if isinstance(sized, (str, list, tuple)) and isinstance(count, int):
+                if isinstance(sized, _SIZED) and isinstance(count, int):
                     _check_size(len(sized) * count)
                 elif isinstance(sized, int):
                     _check_size(sized.bit_length())
-        elif operator == "+" and isinstance(left, (str, list, tuple)) and hasattr(right, "__len__"):
+        elif operator == "+" and isinstance(left, _SIZED) and hasattr(right, "__len__"):
             _check_size(len(left) + len(right))
         return super().call_binop(context, operator, left, right)
 
@@ -210,6 +219,12 @@ def _indent(text: str, width: int = 4, first: bool = False, blank: bool = False)
     if not 0 <= int(width) <= 64:
         raise TemplateFailure(f"indents by {width}")
     return jinja2.filters.do_indent(text, int(width), first, blank)
+
+
+def _round(value: Any, precision: int = 0, method: Any = "common") -> float:
+    if abs(int(precision)) > _MAX_POWER:
+        raise TemplateFailure(f"rounds to more than {_MAX_POWER} digits")
+    return jinja2.filters.do_round(value, int(precision), method)
 
 
 def _strftime_now(form: str) -> str:

@@ -17,6 +17,16 @@ if TYPE_CHECKING:
 
 # Which part of one tensor to read: one slice an axis, without steps.
 Index = tuple[slice, ...]
+# What `engine.text.Tokenizer.from_folder` reads: a model that is fetched, or converted to our
+# own format, brings all of these along.
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "chat_template.json",
+    "generation_config.json",
+)
 
 
 class WeightsError(ValueError):

@@ -8,19 +8,10 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from engine.weights.checkpoint import WeightsError
+from engine.weights.checkpoint import TOKENIZER_FILES, WeightsError
 
 # Weights as safetensors, and what the tokenizer and the configuration need. No pickles.
-PATTERNS = [
-    "config.json",
-    "generation_config.json",
-    "*.safetensors",
-    "model.safetensors.index.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-]
+PATTERNS = ["config.json", "*.safetensors", "model.safetensors.index.json", *TOKENIZER_FILES]
 # Copies of the same weights in other layouts, which some models bring along.
 IGNORED = ["*/*", "consolidated*.safetensors"]
 

@@ -19,7 +19,14 @@ import msgspec
 import numpy as np
 
 from engine.config import Architecture
-from engine.weights.checkpoint import Checkpoint, Index, WeightsError, is_stacked, native_shapes
+from engine.weights.checkpoint import (
+    TOKENIZER_FILES,
+    Checkpoint,
+    Index,
+    WeightsError,
+    is_stacked,
+    native_shapes,
+)
 from engine.weights.hf_config import read_json, read_token_ids
 from engine.weights.load import Progress, check_abstract, num_bytes, placement
 
@@ -30,13 +37,6 @@ MANIFEST = "octavo.json"
 FORMAT_VERSION = 1
 PARAMS = "params"
 GGUF_TOKENIZER = "gguf_tokenizer.json"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 # A device that holds a slice reads whole chunks; this bounds what it reads in vain, while a
 # chunk still takes far longer to transfer than to find.
 _CHUNK_BYTES = 32 * 2**20
@@ -46,9 +46,9 @@ _CHUNK_BYTES = 32 * 2**20
 class NativeCheckpoint:
     """A folder written by `save`, opened. See `Checkpoint`.
 
-    `fingerprint` is the SHA-256 over all names, shapes, dtypes and values that `save` recorded:
-    equal parameters have equal fingerprints wherever they came from. It is not computed again
-    on opening, so it doesn't notice files that were changed afterwards.
+    `fingerprint` is the SHA-256 over the architecture and all names, shapes, dtypes and values
+    that `save` recorded: equal models have equal fingerprints wherever they came from. It is
+    not computed again on opening, so it doesn't notice files that were changed afterwards.
     """
 
     path: Path
@@ -221,7 +221,7 @@ def save(
             "architecture": architecture,
             "eos_token_ids": tokenizer.eos_token_ids if tokenizer else (),
             "bos_token_id": bos,
-            "fingerprint": content_hash(params),
+            "fingerprint": content_hash(params, architecture),
         }
         text = msgspec.json.format(msgspec.json.encode(manifest), indent=2)
         (partial / MANIFEST).write_bytes(text + b"\n")
@@ -240,9 +240,13 @@ def check_destination(path: str | Path) -> Path:
     return path
 
 
-def content_hash(params: Mapping[str, jax.Array]) -> str:
-    """Hex SHA-256 over every parameter's name, shape, dtype and values."""
-    digest = hashlib.sha256(b"octavo params 1")
+def content_hash(params: Mapping[str, jax.Array], architecture: Architecture) -> str:
+    """Hex SHA-256 over the architecture and every parameter's name, shape, dtype and values.
+
+    Equal weights under another rotary base or epsilon make other keys and values, so that
+    blocks cached for one model must not serve the other.
+    """
+    digest = hashlib.sha256(b"octavo params 2\n" + msgspec.json.encode(architecture))
     for name in sorted(params):
         array = np.asarray(params[name])
         digest.update(f"\n{name}\n{array.shape}\n{array.dtype}\n".encode())

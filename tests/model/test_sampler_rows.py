@@ -269,8 +269,10 @@ def reachable(parts: dict[str, list[str]], *, through_branches: bool) -> list[st
     return lines
 
 
-def test_nobody_pays_for_a_sort_and_plain_rows_pay_for_no_top_k() -> None:
-    vocab, num_seqs = 5000, 8
+@pytest.mark.parametrize("num_seqs", [1, 8])
+def test_nobody_pays_for_a_sort_and_plain_rows_pay_for_an_argmax_alone(num_seqs: int) -> None:
+    """A single row is a case of its own: there, nothing depends on the loop's index."""
+    vocab = 5000
     batch = batching.empty(Bucket(num_seqs, num_seqs, 1), num_seqs)
     state = sampler.initial_state(num_seqs + 1, vocab)
     logits = jax.ShapeDtypeStruct((num_seqs, vocab), jnp.float32)
@@ -286,4 +288,6 @@ def test_nobody_pays_for_a_sort_and_plain_rows_pay_for_no_top_k() -> None:
     assert uses(top_k, through_branches=True), "the pattern no longer fits the compiler's text"
     assert not uses(top_k, through_branches=False)
     assert not uses(r"\bsort\(", through_branches=True)
-    assert uses(r" while\(", through_branches=False)  # the loop over special rows
+    for what in (r" while\(", r" exponential\(", r" log\("):
+        assert uses(what, through_branches=True)
+        assert not uses(what, through_branches=False)

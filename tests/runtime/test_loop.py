@@ -142,26 +142,27 @@ def test_a_name_may_be_used_again_right_after_its_abort(runner: FakeRunner) -> N
 
     def on_news(items: Any) -> None:
         news.extend(items)
-        if any(item.finish_reason is LENGTH for item in items):
-            ended.set()
+        if items[-1].num_prompt_tokens == 9:
+            engine_loop.abort("a")  # the loop knows who is meant
+            if items[-1].finish_reason is not None:
+                ended.set()
 
     engine_loop = EngineLoop(runner, LIMITS, on_news)  # type: ignore[bad-argument-type]
     runner.gate.clear()
     engine_loop.submit(make_request("a", range(5), FOREVER))
     until(lambda: runner.plans)
-    again = make_request("a", range(9), 3, seed=50)
+    again = make_request("a", range(9), FOREVER, seed=50)
     engine_loop.abort("a")
     engine_loop.submit(again)  # both are taken at once
     runner.gate.set()
     ended.wait()
+    engine_loop.close()
     first = [item for item in news if item.num_prompt_tokens == 5]
     second = [item for item in news if item.num_prompt_tokens == 9]
-    assert first[-1].finish_reason is ABORT
-    assert tuple(token for item in second for token in item.token_ids) == expected_tokens(again)
-    engine_loop.submit(make_request("a", range(5), FOREVER))
-    engine_loop.abort("a")  # the loop still knows who is meant
-    engine_loop.close()
-    assert news[-1].finish_reason is ABORT
+    assert first[-1].finish_reason is second[-1].finish_reason is ABORT
+    tokens = tuple(token for item in second for token in item.token_ids)
+    assert 0 < len(tokens) <= 3  # the abort comes at most two steps after the first
+    assert tokens == expected_tokens(again)[: len(tokens)]
     assert_idle(engine_loop)
 
 

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 import pytest
 from jax.sharding import NamedSharding
 
-from engine.config import ConfigError, MeshConfig
+from engine.config import Architecture, ConfigError, MeshConfig
 from engine.model.decoder import abstract_decoder
 from engine.runtime.mesh import kv_pool_sharding, make_mesh, replicated, weight_shardings
 from tests.runtime.tiny import ARCH
@@ -81,8 +81,13 @@ def test_a_mesh_that_can_not_be_made_says_why(config: MeshConfig, message: str) 
         make_mesh(config, ARCH)
 
 
-@pytest.mark.parametrize("field", ["vocab_size", "intermediate_size"])
-def test_what_must_divide_evenly_is_named(field: str) -> None:
-    arch = dataclasses.replace(ARCH, **{field: 263})
+@pytest.mark.parametrize(
+    ("arch", "field"),
+    [
+        (dataclasses.replace(ARCH, vocab_size=263), "vocab_size"),
+        (dataclasses.replace(ARCH, intermediate_size=263), "intermediate_size"),
+    ],
+)
+def test_what_must_divide_evenly_is_named(arch: Architecture, field: str) -> None:
     with pytest.raises(ConfigError, match=rf"{field} \(263\)"):
         make_mesh(MeshConfig(tensor=2), arch)

@@ -167,7 +167,7 @@ def mixed_requests() -> list[Request]:
         if number % 2:
             fields |= {"temperature": float(draw.choice([0.5, 1.0, 2.0]))}
             fields |= [{}, {"top_k": 20}, {"top_p": 0.8}, {"min_p": 0.1}][number // 2 % 4]
-        if number % 5 == 0:
+        if number % 5 == 0 or (length <= 100 and number % 2):
             fields |= {"repetition_penalty": 1.3, "frequency_penalty": 0.5, "min_tokens": 4}
         if number % 7 == 0:
             fields |= {"logprobs": 3, "prompt_logprobs": 2}
@@ -221,6 +221,9 @@ def test_the_run_had_everything_that_can_go_wrong(run: Run) -> None:
     assert chunks, "no prompt was cut"
     resumed = [row for row in rows if row.history and row.start + row.num_tokens > 1]
     assert resumed, "nothing was resumed in the middle of its output"
+    sampling = [row.request.sampling for row in resumed]
+    assert {params.edits_logits for params in sampling} == {True, False}
+    assert {params.is_greedy for params in sampling} == {True, False}
     mixed = [p for p in run.plans if {r.num_tokens > 1 for r in p.rows} == {True, False}]
     assert mixed, "no step had both prompts and decodes"
     reasons = {result.finish_reason for result in run.results.values()}

@@ -154,6 +154,10 @@ class FakeEngine(Engine):
             weights_fingerprint="00ff",
         )
 
+    @property
+    def is_alive(self) -> bool:
+        return not self.is_closed
+
     def stats(self) -> EngineStats:
         """Every field differs, so that a swapped pair shows."""
         fields = dataclasses.fields(EngineStats)

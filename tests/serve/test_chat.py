@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import io
 import signal
 import subprocess
 import sys
@@ -11,8 +13,9 @@ import pytest
 
 from engine.chat import chat
 from engine.config import ServerConfig
+from engine.serve import convert
 from engine.serve.server import Server, background_loop
-from engine.types import FinishReason, SamplingParams
+from engine.types import FinishReason, InvalidRequest, SamplingParams
 from tests.conftest import ROOT
 from tests.serve.fake_engine import FakeEngine, until_true
 
@@ -130,3 +133,41 @@ def test_an_error_ends_the_turn_and_not_the_conversation(address: str, fake: Fak
     assert "larger than max" in err
     assert out.endswith("user:hello\n\n")
     assert [len(call.prompt) for call in fake.calls] == [1]
+
+
+ESCAPES = "\x1b]0;title\x07\x7fwords"
+PRINTED = "]0;titlewords"
+
+
+@pytest.mark.parametrize("is_terminal", [True, False])
+def test_no_words_of_the_server_steer_the_terminal(
+    is_terminal: bool,
+    address: str,
+    fake: FakeEngine,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    for stream in (sys.stdout, sys.stderr):
+        monkeypatch.setattr(stream, "isatty", lambda: is_terminal)
+    expected = PRINTED if is_terminal else ESCAPES
+    info = dataclasses.replace(fake.model_info(), name=ESCAPES)
+    monkeypatch.setattr(fake, "model_info", lambda: info)
+    monkeypatch.setattr(sys, "stdin", io.StringIO(""))
+    assert chat(address) == 0
+    assert capsys.readouterr().err.startswith(f"{expected}. Ctrl-C")
+    assert chat(address, ESCAPES) == 0  # the answer repeats it
+    assert capsys.readouterr().out == f"user:{expected}\n\n"
+    fake.error = InvalidRequest("prompt", ESCAPES)
+    assert chat(address, "hi") == 1
+    assert capsys.readouterr().err == f"octavo: prompt: {expected}\n"
+
+
+def test_an_end_that_this_client_does_not_know_is_an_error_of_one_turn(
+    address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(convert._FINISH_TO_PROTO, FinishReason.LENGTH, 99)
+    with run_chat(address) as process:
+        out, err = process.communicate("one\n/new\ntwo\n")
+    assert process.returncode == 0
+    assert err.count("octavo: finish reason 99 is not known to this client; the server may") == 2
+    assert out == "user:one\nuser:two\n"

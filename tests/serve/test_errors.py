@@ -11,8 +11,10 @@ from google.rpc import error_details_pb2, status_pb2
 
 from engine.client import AsyncClient, ServiceError
 from engine.config import ServerConfig
+from engine.frontend import EngineStopped
 from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.rpc.octavo.v1 import generation_pb2_grpc
+from engine.serve import convert
 from engine.serve.server import Server
 from engine.types import FinishReason, InvalidRequest, QueueFull
 from tests.serve.fake_engine import VOCAB_SIZE, FakeEngine, until
@@ -57,6 +59,20 @@ def sampled(**fields: Any) -> pb.GenerateRequest:
         (sampled(stop=["x"] * 17), "stop: has 17 entries, but at most 16 are taken"),
         (sampled(allowed_token_ids=pb.TokenIds()), "allowed_token_ids: is empty"),
         (sampled(logit_bias=[pb.LogitBias(token_id=1)] * 2), "logit_bias: names a token twice"),
+        (
+            pb.GenerateRequest(token_ids=pb.TokenIds(ids=[1] * 256)),
+            "token_ids: has 256 tokens, but with one token of output the model takes at most 255;",
+        ),
+        (
+            pb.GenerateRequest(
+                messages=pb.ChatMessages(messages=[pb.ChatMessage(role="user")] * 256)
+            ),
+            "messages: has 256 messages, but with one token of output the model takes at most 255",
+        ),
+        (
+            sampled(allowed_token_ids=pb.TokenIds(ids=[1] * (VOCAB_SIZE + 1))),
+            "allowed_token_ids: has 259 entries, but the model has 258 tokens; give each once",
+        ),
     ],
     ids=lambda value: value if isinstance(value, str) else "",
 )
@@ -67,6 +83,42 @@ async def test_a_bad_value_is_named(
     path = "sampling." if request_.HasField("sampling") else ""
     assert given.startswith(path + message)
     assert not fake.calls
+
+
+async def test_lists_of_the_largest_size_are_served(server: Server, fake: FakeEngine) -> None:
+    allowed = pb.TokenIds(ids=range(VOCAB_SIZE))
+    request = pb.GenerateRequest(
+        token_ids=pb.TokenIds(ids=[1] * 255),
+        sampling=pb.SamplingParams(max_tokens=1, allowed_token_ids=allowed),
+    )
+    async with grpc.aio.insecure_channel(server.address) as channel:
+        stub: Any = generation_pb2_grpc.GenerationStub(channel)
+        assert len([response async for response in stub.Generate(request)]) == 1
+    assert fake.calls[-1].sampling.allowed_token_ids == tuple(range(VOCAB_SIZE))
+
+
+@pytest.mark.parametrize(
+    ("name", "entry", "most"),
+    [
+        ("stop", "x", 16),
+        ("stop_token_ids", 1, 16),
+        ("bad_words", "x", 64),
+        ("logit_bias", pb.LogitBias(token_id=1), 1024),
+    ],
+)
+def test_a_list_is_counted_before_it_is_copied(
+    name: str, entry: Any, most: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(convert._READ, name, lambda _: pytest.fail("was copied"))
+    message = pb.SamplingParams()
+    getattr(message, name).extend([entry] * (most + 1))
+    with pytest.raises(InvalidRequest, match=f"has {most + 1} entries, but at most {most}"):
+        convert.sampling_from_proto(message, VOCAB_SIZE)
+
+
+def test_every_list_of_the_sampling_parameters_has_a_limit() -> None:
+    fields = pb.SamplingParams.DESCRIPTOR.fields
+    assert {field.name for field in fields if field.is_repeated} == convert._MAX_ENTRIES.keys()
 
 
 async def test_field_violations_carry_the_path_in_the_message(server: Server) -> None:
@@ -139,6 +191,16 @@ async def test_a_failed_step_is_internal_and_the_server_goes_on(
     assert raised.value.code is grpc.StatusCode.INTERNAL
     fake.ending = None
     assert [delta async for delta in client.generate("hello")]
+
+
+async def test_a_stopped_engine_is_unavailable_and_no_news_for_the_log(
+    client: AsyncClient, fake: FakeEngine, caplog: pytest.LogCaptureFixture
+) -> None:
+    fake.error = EngineStopped("the engine is closed, or failed; its log says why")
+    with pytest.raises(ServiceError, match="engine of this server has stopped") as raised:
+        await anext(client.generate("hello"))
+    assert raised.value.code is grpc.StatusCode.UNAVAILABLE
+    assert "a call failed" not in caplog.text
 
 
 async def test_an_unexpected_exception_is_logged_and_not_shown_to_clients(

@@ -16,7 +16,7 @@ from engine.serve import convert
 from engine.serve.server import Server
 from engine.text import Message
 from engine.types import Domain, InvalidRequest, SamplingParams
-from tests.serve.fake_engine import BOS, FakeEngine
+from tests.serve.fake_engine import BOS, VOCAB_SIZE, FakeEngine
 
 SAMPLING_FIELDS = list(pb.SamplingParams.DESCRIPTOR.fields)
 _BY_TYPE: dict[int, Any] = {
@@ -78,7 +78,7 @@ def test_the_message_has_the_fields_of_sampling_params() -> None:
 def test_sampling_params_survive_the_way_there_and_back(field: FieldDescriptor) -> None:
     message = pb.SamplingParams()
     set_field(message, field)
-    sampling = convert.sampling_from_proto(message)
+    sampling = convert.sampling_from_proto(message, VOCAB_SIZE)
     assert convert.sampling_to_proto(sampling) == message
 
 
@@ -92,9 +92,9 @@ def test_zero_is_not_the_same_as_unset(field: FieldDescriptor) -> None:
     message = pb.SamplingParams(**{field.name: type(getattr(pb.SamplingParams(), field.name))()})
     if field.name in ("max_tokens", "top_p", "repetition_penalty"):
         with pytest.raises(InvalidRequest, match=field.name):
-            convert.sampling_from_proto(message)
+            convert.sampling_from_proto(message, VOCAB_SIZE)
     else:
-        value = getattr(convert.sampling_from_proto(message), field.name)
+        value = getattr(convert.sampling_from_proto(message, VOCAB_SIZE), field.name)
         assert value is not None
         assert value == 0
 

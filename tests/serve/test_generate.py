@@ -6,6 +6,7 @@ import asyncio
 import contextlib
 import subprocess
 import sys
+import threading
 
 import grpc
 import pytest
@@ -241,6 +242,70 @@ async def test_one_stream_too_many_is_refused_with_a_hint_when_to_retry(fake: Fa
         await until(lambda: not fake.running)
         assert "".join([delta.text async for delta in client.generate("hello")]) == "hello"
     await server.stop()
+
+
+async def test_a_call_above_the_limit_is_refused_before_it_is_read(fake: FakeEngine) -> None:
+    server = Server(ServerConfig(port=0, max_concurrent=1), grace=0.05)
+    await server.start()
+    await server.set_engine(fake)
+    async with AsyncClient(server.address) as client:
+        first = client.generate("forever")
+        await anext(first)
+        async with grpc.aio.insecure_channel(server.address) as channel:
+            call = channel.unary_stream("/octavo.v1.Generation/Generate")(b"")  # no prompt
+            with pytest.raises(grpc.aio.AioRpcError, match="1 calls are in progress"):
+                await call.read()
+        await first.aclose()
+    await server.stop()
+
+
+class SlowTokenizer:
+    """Works until it is released, and counts what began."""
+
+    def __init__(self) -> None:
+        self.release = threading.Event()
+        self.num_begun = 0
+
+    def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
+        self.num_begun += 1
+        self.release.wait()
+        return [1]
+
+    def decode(self, ids: list[int], skip_special_tokens: bool = True) -> str:
+        self.encode("")
+        return "text"
+
+
+async def test_calls_that_were_cancelled_count_until_their_threads_are_done(
+    fake: FakeEngine,
+) -> None:
+    fake.tokenizer = slow = SlowTokenizer()
+    server = Server(ServerConfig(port=0, max_concurrent=2), grace=0.05)
+    await server.start()
+    await server.set_engine(fake)
+    try:
+        async with AsyncClient(server.address) as client:
+            for number in range(6):
+                call = client.detokenize([1]) if number % 2 else client.tokenize("x")
+                task = asyncio.create_task(call)
+                await until(lambda task=task, most=number: task.done() or slow.num_begun > most)
+                assert task.done() == (number >= 2)
+                if task.done():
+                    with pytest.raises(ServiceError, match="2 calls are in progress"):
+                        await task
+                else:
+                    task.cancel()
+                    with pytest.raises(asyncio.CancelledError):
+                        await task
+                    await asyncio.sleep(0.1)  # for the server to hear of it
+            assert slow.num_begun == 2
+            slow.release.set()
+            await until(lambda: server._service._num_calls == 0)
+            assert await client.tokenize("x") == (1,)
+            assert await client.detokenize([1]) == "text"
+    finally:
+        slow.release.set()
+        await server.stop()
 
 
 def test_a_delta_of_the_client_has_what_a_response_has() -> None:

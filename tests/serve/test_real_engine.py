@@ -121,7 +121,7 @@ async def test_what_can_not_be_served_is_refused_and_the_server_goes_on(address:
         info = await client.model_info()
         vocab_size = info.architecture.vocab_size
         cases: tuple[tuple[Any, dict[str, Any], str, str], ...] = (
-            ([5] * 600, {}, "prompt", f"has 600 tokens.* at most {info.max_model_len - 1}"),
+            ([5] * 600, {}, "token_ids", f"has 600 tokens.* at most {info.max_model_len - 1}"),
             ([vocab_size], {}, "token_ids", f"{vocab_size} is not a token id"),
             ("hi", {"stop_token_ids": (vocab_size,)}, "sampling.stop_token_ids", "is not a token"),
             ([{"role": "nobody", "content": "hi"}], {}, "messages", "role is 'nobody'"),

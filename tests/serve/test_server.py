@@ -205,6 +205,34 @@ async def test_a_signal_ends_the_process_cleanly_with_a_stream_in_flight(
     assert process.returncode == 0
 
 
+SERVE_DYING = SERVE_ECHO.replace(
+    "class Engine(FakeEngine):",
+    "class Engine(FakeEngine):\n    is_alive = property(lambda self: not self.finished)\n",
+)
+
+
+async def test_a_server_whose_engine_stopped_says_so_and_ends_with_an_error() -> None:
+    """This engine dies after its first answer."""
+    command = [sys.executable, "-c", SERVE_DYING]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, cwd=ROOT, stdout=pipe, stderr=pipe, text=True) as process:
+        try:
+            assert process.stdout is not None
+            address = process.stdout.readline().split(" on ")[1].split(". ")[0]
+            async with AsyncClient(address) as client, grpc.aio.insecure_channel(address) as raw:
+                stub: Any = health_pb2_grpc.HealthStub(cast("Any", raw))
+                watch = stub.Watch(health_pb2.HealthCheckRequest())
+                assert (await watch.read()).status == SERVING
+                await collect(client.generate("hello"))
+                assert (await watch.read()).status == NOT_SERVING
+            out, err = process.communicate()
+        finally:
+            process.kill()
+    assert process.returncode == 1
+    assert "the engine stopped by itself" in err
+    assert out == "closed {'length': 1} running 0\n"
+
+
 @pytest.mark.parametrize(
     ("host", "address", "is_public"),
     [("0.0.0.0", "127.0.0.1:", True), ("localhost", "localhost:", False)],

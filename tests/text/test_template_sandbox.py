@@ -19,7 +19,8 @@ CHAT = [{"role": "user", "content": "hi <b> é"}]
 
 def render(source: str, **variables: Any) -> str:
     sandbox = TemplateSandbox()
-    return sandbox.render(sandbox.compile(source), {"messages": CHAT, **variables})
+    variables = {"messages": CHAT, "loop_index": 4, "width": 20_000_000, **variables}
+    return sandbox.render(sandbox.compile(source), variables)
 
 
 def test_blocks_are_trimmed_as_transformers_does():
@@ -44,6 +45,8 @@ def test_blocks_are_trimmed_as_transformers_does():
         ("{{ tools is defined }}{{ missing is defined }}{{ missing }}", "FalseFalse"),
         ("{{ 'a\nb' | indent(2) }}", "a\n  b"),
         ("{{ 2 ** 3 }}{{ 'ab' * 2 }}{{ [1] + [2] }}", "8abab[1, 2]"),
+        ("{{ 7 % 4 }}{{ loop_index % 2 == 0 }}", "3True"),
+        ("{{ 2.345 | round(2) }} {{ 7.5 | round(method='floor') | int }}", "2.35 7"),
     ],
 )
 def test_a_template_may_use(source: str, expected: str):
@@ -99,6 +102,18 @@ def test_a_template_may_not_reach_out(source: str):
         ("{{ 'x'.center(10 ** 9) }}", "fails"),
         ("{{ 'x' | indent(10 ** 9) }}", "indents by"),
         ("{{ 'x' | center(10 ** 9) }}", "No filter named 'center'"),
+        ("{{ '%20000000s' % messages[0].role }}", "formats a text with %"),
+        ("{{ '%20000000s' % 'x' }}", "formats a text with %"),  # folded while it is compiled?
+        ("{{ '%*s' % (width, 'x') }}", "formats a text with %"),
+        ("{{ ('%20000000d'.encode() % 1) | length }}", "formats a text with %"),
+        ("{{ ('x'.encode() * 10 ** 9) | length }}", "makes a text above"),
+        (DOUBLE.replace("OP", "+").replace("'xx'", "'xx'.encode()"), "makes a text above"),
+        ("{{ [1] | batch(20000000, 'x') | list | length }}", "No filter named 'batch'"),
+        ("{{ [1] | slice(20000000, 'x') | list | length }}", "No filter named 'slice'"),
+        ("{{ ['x'] | map('batch', 20000000, 'y') | first | list | length }}", "batch"),
+        ("{{ (1).to_bytes(20000000) | length }}", "fails"),
+        ("{{ 1 | round(-20000) }}", "rounds to more than 64 digits"),
+        ("{{ 1 | round(20000, 'ceil') }}", "rounds to more than 64 digits"),
         ("{{ strftime_now('%999999999d') }}", "asks for the date"),
         ("{{ raise_exception('roles must alternate') }}", "refuses these messages: roles must"),
         ("{{ 1 / 0 }}", "fails on these messages: division by zero"),

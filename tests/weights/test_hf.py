@@ -11,10 +11,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import pytest
+import tokenizers
 from safetensors.numpy import save_file
 
 from engine.config import RopeScaling
-from engine.weights import WeightsError, native_shapes, open_checkpoint
+from engine.text import Tokenizer
+from engine.weights import WeightsError, hub, native_shapes, open_checkpoint
+from engine.weights.checkpoint import TOKENIZER_FILES
 from tests.conftest import TINY_MODELS
 from tests.weights.checkpoints import (
     LLAMA,
@@ -324,6 +327,24 @@ def test_a_hub_model_in_the_cache_opens_offline(tmp_path, monkeypatch, revision)
     np.testing.assert_array_equal(
         checkpoint.read("final_norm.scale"), random_tensors(LLAMA)["model.norm.weight"]
     )
+
+
+def test_what_the_tokenizer_reads_is_what_is_fetched_and_copied(tmp_path, monkeypatch):
+    """Weights and text don't import each other, so the tokenizer is watched as it reads."""
+    tokenizer = tokenizers.Tokenizer(tokenizers.models.BPE())
+    tokenizer.decoder = tokenizers.decoders.ByteLevel()
+    tokenizer.save(str(tmp_path / "tokenizer.json"))
+    read_text, read = Path.read_text, set()
+
+    def watched(self: Path, *args: Any, **kwargs: Any) -> str:
+        read.add(self.name)
+        return read_text(self, *args, **kwargs)
+
+    monkeypatch.setattr(Path, "read_text", watched)
+    Tokenizer.from_folder(tmp_path)
+    assert "chat_template.json" in read
+    assert read == set(TOKENIZER_FILES)
+    assert set(hub.PATTERNS) >= read
 
 
 def test_a_hub_model_that_is_not_cached_says_what_to_do_offline(tmp_path, monkeypatch):

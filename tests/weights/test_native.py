@@ -36,6 +36,7 @@ def folder(tmp_path) -> Path:
     path = write_folder(tmp_path / "hf", LLAMA, random_tensors(LLAMA))
     (path / "tokenizer.json").write_text('{"model": {}}')
     (path / "chat_template.jinja").write_text("{{ messages }}")
+    (path / "chat_template.json").write_text('{"chat_template": "{{ messages }}"}')
     (path / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
     (path / "README.md").write_text("not needed")
     return path
@@ -53,7 +54,8 @@ def test_a_converted_folder_has_all_that_the_source_had(folder, converted):
     assert checkpoint.architecture == source.architecture
     assert (checkpoint.eos_token_ids, checkpoint.bos_token_id) == ((7, 5), 1)
     assert (checkpoint.folder, checkpoint.metadata) == (converted, None)
-    for name in ("tokenizer.json", "chat_template.jinja", "generation_config.json"):
+    templates = ("chat_template.jinja", "chat_template.json")
+    for name in ("tokenizer.json", "generation_config.json", *templates):
         assert (converted / name).read_bytes() == (folder / name).read_bytes()
     assert not (converted / "README.md").exists()
     shutil.rmtree(folder)  # it doesn't need its source any more
@@ -111,6 +113,20 @@ def test_equal_parameters_have_equal_fingerprints_wherever_they_came_from(folder
         prints.append(open_checkpoint(tmp_path / str(number)).fingerprint)
     assert prints[0] == prints[1]
     assert len(set(prints)) == 3
+
+
+@pytest.mark.parametrize("changed", [{"rope_theta": 5e5}, {"rms_norm_eps": 1e-6}])
+def test_equal_weights_of_different_architectures_have_different_fingerprints(
+    changed, folder, converted, tmp_path
+):
+    other = write_folder(tmp_path / "other", LLAMA | changed, random_tensors(LLAMA))
+    (other / "generation_config.json").write_bytes((folder / "generation_config.json").read_bytes())
+    convert(other, tmp_path / "converted", "float32")
+    one, two = open_checkpoint(converted), open_checkpoint(tmp_path / "converted")
+    values = read_all(two)
+    for name, expected in read_all(one).items():
+        np.testing.assert_array_equal(values[name], expected)
+    assert one.fingerprint != two.fingerprint
 
 
 def test_a_folder_that_is_not_empty_is_left_alone(folder, converted):

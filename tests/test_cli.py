@@ -1,0 +1,215 @@
+"""The command line: its help, its commands over a tiny model, and how it ends."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from engine import __version__, cli
+from engine.loading import use_compile_cache
+from engine.weights import open_checkpoint
+from tests.command_line import CommandLine, Ended
+from tests.conftest import ROOT
+from tests.runtime import tiny
+
+COMMANDS = ("serve", "chat", "generate", "plan", "replay", "convert", "bench")
+HEAVY = ("flax", "gguf", "grpc", "jax", "jinja2", "numpy", "orbax", "safetensors", "tokenizers")
+
+
+@pytest.fixture
+def octavo(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> CommandLine:
+    return CommandLine(monkeypatch, capsys)
+
+
+@pytest.fixture(scope="module")
+def config(tmp_path_factory: pytest.TempPathFactory) -> Any:
+    """A config of the tiny model; programs are kept, so that only the first load compiles."""
+    folder = tiny.write_model(tmp_path_factory.mktemp("model"))
+    cache = tmp_path_factory.mktemp("compiled")
+    yield tiny.write_config(folder / "config.yaml", folder, compile_cache=str(cache))
+    use_compile_cache("")
+
+
+def records(path: Path) -> list[dict[str, Any]]:
+    return [json.loads(text) for text in path.read_text().splitlines()]
+
+
+def test_help_names_every_command(octavo: CommandLine) -> None:
+    for arguments in ((), ("--help",)):
+        ended = octavo(*arguments)
+        assert ended.code == 0
+        assert all(command in ended.out for command in COMMANDS)
+
+
+@pytest.mark.parametrize(
+    "command", [*((name,) for name in COMMANDS), *(("bench", n) for n in ("throughput", "serve"))]
+)
+def test_every_command_explains_itself(octavo: CommandLine, command: tuple[str, ...]) -> None:
+    ended = octavo(*command, "--help")
+    assert ended.code == 0
+    assert f"Usage: octavo {' '.join(command)}" in ended.out
+    assert len(ended.out.splitlines()) > 5
+
+
+def test_help_and_version_load_nothing_heavy() -> None:
+    script = f"""
+import sys
+sys.argv = ["octavo", sys.argv[1]]
+from engine.cli import main
+try:
+    main()
+except SystemExit as ended:
+    print("loaded:", *(name for name in {HEAVY!r} if name in sys.modules))
+    raise
+"""
+    for option in ("--help", "--version"):
+        command = [sys.executable, "-c", script, option]
+        ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+        assert ended.stdout.splitlines()[-1].split() == ["loaded:"]
+
+
+def test_the_package_is_the_command() -> None:
+    command = [sys.executable, "-m", "engine", "--version"]
+    ended = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    assert ended.stdout.strip() == __version__
+
+
+@pytest.mark.parametrize(
+    ("config_name", "kib_a_token"),
+    [("llama3-8b-v5e-8", 128), ("llama3-8b-v6e-8", 128), ("llama3-70b-v6e-8", 320)],
+)
+def test_plan_gives_the_known_cost_of_a_token(
+    octavo: CommandLine, config_name: str, kib_a_token: int
+) -> None:
+    path = ROOT / "configs" / f"{config_name}.yaml"
+    ended = octavo("plan", "--config", path, "--hbm", "32GiB", "--json")
+    assert ended.code == 0
+    assert json.loads(ended.out)["kv_bytes_per_token"] == kib_a_token * 1024
+    table = octavo("plan", "--config", path, "--hbm", "32GiB")
+    assert table.code == 0
+    assert f"{kib_a_token}.00 KiB" in table.out
+
+
+def test_plan_reads_a_local_model_and_takes_overrides(octavo: CommandLine, config: Path) -> None:
+    ended = octavo("plan", "-c", config, "--json", "--set", "cache.dtype=bfloat16")
+    plan = json.loads(ended.out)
+    assert (ended.code, plan["cache_dtype"], plan["num_blocks"]) == (0, "bfloat16", 64)
+    assert plan["kv_bytes_per_token"] == 2 * 2 * 2 * 16 * 2
+
+
+def test_generate_records_what_replays(octavo: CommandLine, config: Path, tmp_path: Path) -> None:
+    source, output, log = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "log.jsonl"))
+    source.write_text(
+        '{"prompt": "Hello", "max_tokens": 5, "temperature": 0, "ignore_eos": true}\n'
+        '{"prompt_ids": [72, 101], "max_tokens": 5, "seed": 3, "logprobs": 1}\n'
+        '{"prompt_ids": [9999], "index": 7}\n'
+        '{"messages": [{"role": "user", "content": "hi"}], "max_tokens": 3}\n'
+    )
+    ended = octavo("generate", "-c", config, "-i", source, "-o", output, "--record", log)
+    assert ended.code == 1
+    assert "Loading weights …" in ended.err
+    assert "1 of 4 lines failed; first: index 7: prompt_ids: 9999 is not a token id" in ended.err
+    greedy, drawn, wrong, chat = records(output)
+    assert len(greedy["token_ids"]) == 5
+    assert len(drawn["logprobs"]) == len(drawn["token_ids"])
+    assert wrong.keys() == {"index", "error"}
+    assert chat["prompt_tokens"] == len("user:hi" + "assistant:") + 3
+    ended = octavo("replay", log, "--check")
+    assert ended.code == 0
+    assert "plans are identical (3 requests, " in ended.out
+    assert "\n" not in ended.out.strip()
+
+
+def test_a_converted_model_is_the_same_model(
+    octavo: CommandLine, config: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    converted, output = tmp_path / "converted", tmp_path / "out.jsonl"
+    ended = octavo("convert", config.parent, converted, "--dtype", "float32")
+    assert ended.code == 0
+    assert ended.out.strip() == f"wrote {converted}; use it as model.source"
+    assert open_checkpoint(converted).format == "octavo"
+    answers = []
+    for source in (config.parent, converted):
+
+        class Stdin:
+            buffer = io.BytesIO(b'{"prompt": "Hello", "temperature": 0, "max_tokens": 30}')
+
+        monkeypatch.setattr(sys, "stdin", Stdin)
+        settings = ("--set", f"model.source={source}", "--set", "server.port=0")
+        assert octavo("generate", "-c", config, "-i", "-", "-o", output, *settings).code == 0
+        answers.append(records(output)[0]["token_ids"])
+    assert answers[0] == answers[1]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("generate", "--bogus"), "generate"),
+        (("plan",), "--config"),
+        (("frob",), "Unknown command"),
+        (("chat", "--max-tokens", "many"), "max-tokens"),
+    ],
+)
+def test_misuse_ends_with_code_two_and_an_explanation(
+    octavo: CommandLine, arguments: tuple[str, ...], message: str
+) -> None:
+    ended = octavo(*arguments)
+    assert ended.code == 2
+    assert message in ended.out + ended.err
+
+
+def test_an_interrupt_ends_with_its_own_code(
+    octavo: CommandLine, config: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: Any) -> Any:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(cli, "_load", interrupted)
+    assert octavo("plan", "-c", config) == Ended(130, "", "")
+
+
+def test_a_traceback_can_be_asked_for(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("OCTAVO_TRACEBACK", "1")
+    monkeypatch.setattr(sys, "argv", ["octavo", "replay", str(tmp_path / "none")])
+    with pytest.raises(ValueError, match="none"):
+        cli.main()
+
+
+def test_a_log_level_that_does_not_exist_is_explained() -> None:
+    command = [sys.executable, "-m", "engine", "--version"]
+    environment = {"OCTAVO_LOG": "loud", "PATH": ""}
+    ended = subprocess.run(
+        command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False
+    )
+    assert (ended.returncode, ended.stderr.strip()) == (2, "octavo: Unknown level: 'LOUD'")
+
+
+class FakeTerminal(io.StringIO):
+    """Says that it is one."""
+
+    def isatty(self) -> bool:
+        return True
+
+
+def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def work() -> None:
+        with cli._progress() as show:
+            for done in range(3):
+                show("Loading", done, 2)
+            show("Compiling", 0, 5)  # broken off
+
+    work()
+    assert capsys.readouterr().err == "Loading …\nCompiling …\n"
+    terminal = FakeTerminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    work()
+    assert "Loading" in terminal.getvalue()
+    assert "━" in terminal.getvalue()

@@ -1,0 +1,242 @@
+"""From a config to a warm runner: what is settled, what is refused, and in which order."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from engine import loading
+from engine.config import ConfigError, from_tree
+from engine.core.block_keys import child_key, root_key
+from engine.loading import load_engine, make_limits, use_compile_cache
+from engine.text import TokenizerError
+from engine.types import MAX_STOP_TOKENS, Domain
+from engine.weights import WeightsError
+from tests.runtime import tiny
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tiny.write_model(tmp_path_factory.mktemp("model"))
+
+
+class Reached(Exception):
+    """Loading came as far as the weights."""
+
+
+@pytest.fixture
+def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Loading stops before anything slow."""
+
+    def load_params(*_: Any) -> Any:
+        raise Reached
+
+    monkeypatch.setattr(loading, "load_params", load_params)
+
+
+def limits_of(**changes: Any) -> Any:
+    return make_limits(from_tree(tiny.config_tree(Path("x"), **changes)), tiny.ARCH, "weights")
+
+
+def test_limits_come_from_the_config_and_the_model() -> None:
+    limits = limits_of()
+    assert (limits.num_blocks, limits.block_size) == (64, 16)
+    assert (limits.max_num_seqs, limits.max_step_tokens, limits.max_waiting) == (8, 64, 64)
+    assert limits.max_model_len == 512
+    assert limits.prefix_reuse
+    unlimited = {"model.max_model_len": None, "cache.num_blocks": 200}
+    assert limits_of(**unlimited).max_model_len == 2048
+    by_memory = {"cache.num_blocks": None, "cache.memory": "1MiB"}
+    # A token takes K and V of 2 layers x 2 heads x 16 floats.
+    assert limits_of(**by_memory).num_blocks == 2**20 // (16 * 2 * 2 * 2 * 16 * 4)
+
+
+def test_block_keys_tell_weights_and_dtypes_apart() -> None:
+    def first_key(fingerprint: str) -> bytes:
+        return child_key(root_key(Domain(), fingerprint), range(16))
+
+    variants = [
+        limits_of(),
+        limits_of(**{"model.dtype": "bfloat16"}),
+        limits_of(**{"cache.dtype": "bfloat16"}),
+        limits_of(**{"model.dtype": "bfloat16", "cache.dtype": "float32"}),
+        make_limits(from_tree(tiny.config_tree(Path("x"))), tiny.ARCH, "other weights"),
+    ]
+    assert len({first_key(limits.fingerprint) for limits in variants}) == 5
+    assert limits_of(**{"cache.dtype": "float32"}).fingerprint == limits_of().fingerprint
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.max_model_len": 4096}, "max_model_len is 4096, .* made for at most 2048 tokens"),
+        ({"cache.num_blocks": 31}, "whole cache holds sequences of at most 497 tokens"),
+        ({"cache.num_blocks": 2**29}, r"536870912 blocks, but of this model at most 536870911"),
+    ],
+)
+def test_limits_beyond_the_model_or_the_device_are_refused(
+    changes: dict[str, Any], message: str
+) -> None:
+    with pytest.raises(ConfigError, match=message):
+        limits_of(**changes)
+
+
+def test_a_small_cache_limits_the_length_that_nobody_asked_for(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    limits = limits_of(**{"model.max_model_len": None})
+    assert limits.max_model_len == 64 * 16 + 1  # the last token takes no place
+    assert "sequences are limited to 1025 tokens" in caplog.text
+
+
+def test_every_token_that_some_file_names_as_an_end_stops(folder: Path, no_weights: None) -> None:
+    checkpoint = loading.open_checkpoint(folder)
+
+    class Named:
+        eos_token_ids = frozenset([tiny.TURN_END, tiny.EOS, tiny.VOCAB_SIZE, -3, 2**40, "x", True])
+
+    ids = loading._eos_token_ids(checkpoint, Named())  # type: ignore[bad-argument-type]
+    assert ids == (tiny.EOS, tiny.TURN_END)  # the main one first
+
+
+def test_a_model_with_more_ends_than_fit_is_refused(folder: Path) -> None:
+    class Named:
+        eos_token_ids = frozenset(range(MAX_STOP_TOKENS + 1))
+
+    with pytest.raises(ConfigError, match="name 18 end-of-sequence tokens, but at most 16"):
+        loading._eos_token_ids(loading.open_checkpoint(folder), Named())  # type: ignore[bad-argument-type]
+
+
+def test_what_is_wrong_with_the_files_shows_before_the_weights_are_read(
+    folder: Path, tmp_path: Path, no_weights: None
+) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    for file in folder.iterdir():
+        (copy / file.name).write_bytes(file.read_bytes())
+    with pytest.raises(Reached):
+        load_engine(from_tree(tiny.config_tree(copy)))
+    stated = json.loads((copy / "config.json").read_text())
+    cases: tuple[tuple[dict[str, Any], type[Exception], str], ...] = (
+        ({"model.source": str(tmp_path / "none")}, WeightsError, "no such file or folder"),
+        ({"model.max_model_len": 9999}, ConfigError, "at most 2048 tokens"),
+        ({"mesh.tensor": 64}, ConfigError, "there are 4 devices"),
+        (
+            {"model.architecture": _as_tree(hidden_size=65)},
+            ConfigError,
+            r"architecture.hidden_size is 65 in the config, but 64 in the model's files",
+        ),
+    )
+    for changes, kind, message in cases:
+        with pytest.raises(kind, match=message):
+            load_engine(from_tree(tiny.config_tree(copy, **changes)))
+    with pytest.raises(Reached):
+        load_engine(from_tree(tiny.config_tree(copy, **{"model.architecture": _as_tree()})))
+    (copy / "tokenizer.json").unlink()
+    with pytest.raises(TokenizerError, match=r"has no tokenizer\.json"):
+        load_engine(from_tree(tiny.config_tree(copy)))
+    (copy / "config.json").write_text(json.dumps(stated | {"hidden_size": 32}))
+    with pytest.raises(WeightsError, match="has shape"):
+        load_engine(from_tree(tiny.config_tree(copy)))
+
+
+def _as_tree(**changes: Any) -> dict[str, Any]:
+    names = tiny.ARCH.__dataclass_fields__
+    tree = {name: getattr(tiny.ARCH, name) for name in names}
+    return {**tree, **changes}
+
+
+def test_a_pool_that_does_not_fit_into_memory_is_a_config_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def runner(*_: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr(loading, "Runner", runner)
+    with pytest.raises(ConfigError, match=r"64 blocks of 16 tokens doesn't fit .* lower cache"):
+        load_engine(from_tree(tiny.config_tree(folder)))
+
+
+@pytest.mark.parametrize(
+    ("source", "name"),
+    [("Qwen2.5-0.5B", "Qwen2.5-0.5B"), ("Llama-3.2.gguf", "Llama-3.2"), ("a/b.c/", "b.c")],
+)
+def test_a_model_is_named_after_the_last_part_of_its_source(source: str, name: str) -> None:
+    config = from_tree(tiny.config_tree(Path("x"), **{"model.source": source}))
+    assert loading._name(config) == name
+    given = from_tree(tiny.config_tree(Path("x"), **{"model.source": source, "model.name": "n"}))
+    assert loading._name(given) == "n"
+
+
+@pytest.fixture
+def compile_cache(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """Leaves jax's settings as they were."""
+    yield
+    use_compile_cache("")
+
+
+def compile_something(constant: float) -> None:
+    jax.jit(lambda x: x * constant)(jnp.ones(3)).block_until_ready()
+
+
+def test_compiled_programs_are_kept_in_the_folder_that_is_named_last(
+    tmp_path: Path, compile_cache: None
+) -> None:
+    for number, name in enumerate(("first/deep", "second")):
+        use_compile_cache(str(tmp_path / name))
+        compile_something(1.5 + number)
+        files = [path.name for path in (tmp_path / name).iterdir()]
+        assert any(name.endswith("-cache") for name in files)
+        assert not any(name.startswith(".probe") for name in files)
+    use_compile_cache("")
+    before = sorted((tmp_path / "second").iterdir())
+    compile_something(9.5)
+    assert sorted((tmp_path / "second").iterdir()) == before
+
+
+def test_a_folder_that_can_not_be_written_costs_a_warning_and_nothing_else(
+    tmp_path: Path,
+    compile_cache: None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    file = tmp_path / "file"
+    file.write_text("not a folder")
+    cases = [(str(file), "File exists"), (str(file / "below"), "Not a directory")]
+    if Path("/proc/self").exists():
+        cases.append(("/proc/self/compiled", "No such file or directory"))
+    cases.append(("~nobody-of-that-name/compiled", "home directory"))
+    for number, (folder, reason) in enumerate(cases):
+        caplog.clear()
+        use_compile_cache(folder)
+        [record] = caplog.records
+        assert record.levelno == logging.WARNING
+        assert folder in record.getMessage()
+        assert reason in record.getMessage()
+        compile_something(20.5 + number)
+
+
+def test_a_full_disk_is_noticed_and_left_clean(
+    tmp_path: Path,
+    compile_cache: None,
+    caplog: pytest.LogCaptureFixture,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    write_bytes = Path.write_bytes
+
+    def full(path: Path, data: bytes) -> int:
+        write_bytes(path, data[:10])
+        raise OSError(28, os.strerror(28))
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    use_compile_cache(str(tmp_path))
+    assert "No space left on device" in caplog.text
+    assert list(tmp_path.iterdir()) == []
+    compile_something(30.5)
