@@ -299,4 +299,5 @@ def _slot_state(
 
 def _token_logprobs(token, index, count, chosen, top_ids, top_logprobs) -> TokenLogprobs:
     top = zip(top_ids[index, :count].tolist(), top_logprobs[index, :count].tolist(), strict=True)
-    return TokenLogprobs(token, float(chosen[index]), tuple(top))
+    # A vocabulary of fewer tokens than MAX_LOGPROBS is filled up with impossible ones.
+    return TokenLogprobs(token, float(chosen[index]), tuple(e for e in top if e[1] > -np.inf))
