@@ -16,6 +16,7 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
+from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from engine.config import Architecture, Config
@@ -26,6 +27,7 @@ from engine.types import (
     Domain,
     FinishReason,
     InvalidRequest,
+    QueueFull,
     Request,
     SamplingParams,
     StepOutput,
@@ -192,6 +194,8 @@ class Engine:
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._started = time.monotonic()
+        self._text_threads = ThreadPoolExecutor(2, thread_name_prefix="octavo-text")
+        self._num_long_texts = 0
         self._loop = EngineLoop(loaded.runner, loaded.limits, self._deliver, record)
 
     @classmethod
@@ -268,7 +272,7 @@ class Engine:
                 deadline=deadline_after(timeout, since=received),
             )
             quick = is_quick(prompt, sampling)
-            request = resolve() if quick else await asyncio.to_thread(resolve)
+            request = resolve() if quick else await self._on_thread(resolve)
             stream.start(request, self.tokenizer)
             self._submit(stream, request)
             ended = False
@@ -345,6 +349,28 @@ class Engine:
     def close(self) -> None:
         """Abort what is running and stop the step loop."""
         self._loop.close()
+        self._text_threads.shutdown(wait=False)
+
+    async def _on_thread(self, resolve: Callable[[], Request]) -> Request:
+        """Resolve a long text while other streams go on.
+
+        A text whose client goes away is worked on to its end all the same, and counts as long:
+        otherwise sending and cancelling would pile up work without bound.
+        """
+        most = self._loop.limits.max_waiting
+        with self._lock:
+            if self._num_long_texts >= most:
+                raise QueueFull(f"{most} long texts are being read already; try again later")
+            self._num_long_texts += 1
+        work = asyncio.get_running_loop().run_in_executor(self._text_threads, resolve)
+        work.add_done_callback(self._forget_long_text)
+        return await asyncio.shield(work)
+
+    def _forget_long_text(self, work: asyncio.Future[Request]) -> None:
+        with self._lock:
+            self._num_long_texts -= 1
+        if not work.cancelled():
+            work.exception()  # seen, even if nobody waits for it any more
 
     def _submit(self, stream: _Stream, request: Request) -> None:
         """Hand a request to the step loop, unless it was aborted in the meantime."""

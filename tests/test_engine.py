@@ -431,6 +431,27 @@ async def test_closing_the_engine_ends_every_stream(loaded: LoadedEngine) -> Non
     engine.close()
 
 
+async def test_long_texts_that_are_cancelled_do_not_pile_up(
+    loaded: LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their work can't be stopped, so it counts until it is done."""
+    engine = Engine(with_limits(loaded, max_waiting=4))
+    try:
+        with slow_tokenizer(engine, monkeypatch) as release:
+            tasks = [asyncio.create_task(ask(engine, "x" * 9000)) for _ in range(4)]
+            await asyncio.sleep(0)
+            for task in tasks:
+                task.cancel()
+            await asyncio.gather(*tasks, return_exceptions=True)
+            with pytest.raises(QueueFull, match="4 long texts"):
+                await ask(engine, "x" * 9000)
+            release.set()
+            await until(lambda: engine._num_long_texts == 0)
+        assert len((await ask(engine, "Hello")).tokens) == 12
+    finally:
+        engine.close()
+
+
 async def test_a_full_queue_is_refused_and_the_engine_goes_on(loaded: LoadedEngine) -> None:
     engine = Engine(with_limits(loaded, max_waiting=2, max_num_seqs=1))
     try:
