@@ -84,7 +84,8 @@ def generate(
 ) -> int:
     """Generate for every line of a file, in this process.
 
-    A line in is JSON with `prompt`, `prompt_ids` or `messages`, and any sampling field. A line
+    A line in is JSON with `prompt`, `prompt_ids` or `messages`, and any sampling field, such as
+    {"prompt": "Hello", "temperature": 0, "max_tokens": 16}; unset, the temperature is 1. A line
     out has `index`, `text`, `token_ids`, `finish_reason`, `prompt_tokens`, `cached_tokens`, and
     log-probabilities if asked for; a line that failed has `index` and `error`.
 
@@ -187,10 +188,10 @@ class Workload:
 
     Attributes:
       workload: JSON lines as `octavo generate` takes them; without it, random tokens.
-      num_requests: of random tokens.
-      input_len: tokens of each random prompt.
-      output_len: tokens of each of their answers.
-      shared_prefix: tokens that all random prompts begin with.
+      num_requests: how many requests of random tokens; 64 unless given.
+      input_len: tokens of each random prompt; 256 unless given.
+      output_len: tokens of each of their answers; 128 unless given.
+      shared_prefix: how many of a random prompt's tokens are the same in all; 0 unless given.
       seed: of random tokens and arrivals.
       repeat: runs that count; medians are shown.
       warm_up: whether a run that doesn't count comes first.

@@ -54,8 +54,10 @@ def test_a_server_that_is_not_there_is_one_clear_line(capsys: pytest.CaptureFixt
         assert not captured.out
 
 
+# Where the tests run in the background of a shell, SIGINT is ignored, and children inherit that.
 CHAT = """
-import sys
+import signal, sys
+signal.signal(signal.SIGINT, signal.default_int_handler)
 from engine.chat import chat
 sys.exit(chat(sys.argv[1], *sys.argv[2:]))
 """
