@@ -206,6 +206,11 @@ class Config:
     def __post_init__(self) -> None:
         _check(self)
 
+    @property
+    def cache_dtype(self) -> Dtype:
+        """Of keys and values: the cache's own, or the model's."""
+        return self.cache.dtype or self.model.dtype
+
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
     """Read a config file.

@@ -82,7 +82,7 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
         num_blocks=limits.num_blocks,
         block_size=limits.block_size,
         max_num_seqs=limits.max_num_seqs,
-        cache_dtype=jnp.dtype(_cache_dtype(config)),
+        cache_dtype=jnp.dtype(config.cache_dtype),
         buckets=bucket_set(
             config.buckets, config.scheduler, -(-limits.max_model_len // limits.block_size)
         ),
@@ -163,7 +163,7 @@ def make_limits(config: Config, arch: Architecture, weights_fingerprint: str) ->
         max_waiting=config.scheduler.max_waiting,
         prefix_reuse=config.cache.prefix_reuse,
         # Keys and values depend on how they are computed and held, not on the weights alone.
-        fingerprint=f"{weights_fingerprint}:{config.model.dtype}:{_cache_dtype(config)}",
+        fingerprint=f"{weights_fingerprint}:{config.model.dtype}:{config.cache_dtype}",
     )
 
 
@@ -221,10 +221,6 @@ def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[int, .
             f"{MAX_STOP_IDS - MAX_STOP_TOKENS} are possible; correct eos_token_id in them"
         )
     return found
-
-
-def _cache_dtype(config: Config) -> str:
-    return config.cache.dtype or config.model.dtype
 
 
 def _check_architecture(config: Config, found: Architecture) -> None:

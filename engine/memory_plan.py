@@ -243,7 +243,7 @@ def plan(
     mean = mean_length if mean_length is not None else max(1, limit // 8)
     _check_arguments(hbm, headroom, (*lengths, mean), limit, mean)
 
-    cache_dtype = config.cache.dtype or config.model.dtype
+    cache_dtype = config.cache_dtype
     weight_bytes = num_parameters(arch) * DTYPE_BYTES[config.model.dtype]
     weight_bytes_per_chip = DTYPE_BYTES[config.model.dtype] * sum(
         weight.parameters_per_chip(tensor) for weight in weights(arch)
@@ -298,7 +298,7 @@ def _ceil_div(a: int, b: int) -> int:
 
 
 def _block_bytes_per_chip(config: Config, arch: Architecture) -> int:
-    dtype = config.cache.dtype or config.model.dtype
+    dtype = config.cache_dtype
     return config.cache.block_size * kv_bytes_per_token(arch, dtype, tensor=config.mesh.tensor)
 
 

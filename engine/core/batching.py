@@ -60,6 +60,11 @@ def choose_bucket(plan: StepPlan, buckets: tuple[Bucket, ...]) -> Bucket:
     raise AssertionError(f"{num_tokens} tokens of {num_seqs} sequences fit none of {buckets}")
 
 
+def bucket_of(batch: Batch) -> Bucket:
+    """The bucket that a batch was laid out in."""
+    return Bucket(batch.token_ids.size, batch.slots.size, batch.block_tables.shape[1])
+
+
 def build(plan: StepPlan, buckets: tuple[Bucket, ...], sink_slot: int) -> Batch:
     """Lay a plan out in the smallest bucket that holds it.
 

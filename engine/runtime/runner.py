@@ -180,7 +180,7 @@ class Runner:
                 progress(done, len(buckets))
             self.compile(bucket)
             plan = StepPlan(step=-1, rows=())
-            self._run(bucket, batching.empty(bucket, self.sink_slot), plan).wait()
+            self._run(plan, batching.empty(bucket, self.sink_slot)).wait()
         row = _slot_state(None, (), self.arch.vocab_size)
         self._state = self._set_slot(self._state, np.int32(self.sink_slot), row)
         if progress:
@@ -191,10 +191,10 @@ class Runner:
         for row in plan.rows:
             if row.history is not None and row.request.sampling.edits_logits:
                 self._prepare_slot(row)
-        return self._run(batching.choose_bucket(plan, self.shape.buckets), batch, plan)
+        return self._run(plan, batch)
 
-    def _run(self, bucket: Bucket, batch: Batch, plan: StepPlan) -> Launched:
-        sampled, self._kv_pool, self._state = self._programs[bucket](
+    def _run(self, plan: StepPlan, batch: Batch) -> Launched:
+        sampled, self._kv_pool, self._state = self._programs[batching.bucket_of(batch)](
             self._weights, self._kv_pool, self._state, batch
         )
         return Launched(plan, sampled)
