@@ -18,7 +18,7 @@ OCTAVO_FUZZ_EXAMPLES ?= 20000
 
 .PHONY: help
 help: ## list the targets
-	@awk 'BEGIN { FS = ":.*## " } /^[a-z]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
+	@awk 'BEGIN { FS = ":.*## " } /^[a-z-]+:.*## / { printf "  make %-12s %s\n", $$1, $$2 }' \
 		$(firstword $(MAKEFILE_LIST))
 
 .PHONY: setup
@@ -55,6 +55,23 @@ format: $(READY) ## let ruff rewrite what it can
 types: $(READY) ## pyrefly
 	$(BIN)/pyrefly check
 
+.PHONY: kernels
+kernels: $(READY) ## the kernels' whole grid of tests, each case in all interpreters (long)
+	$(BIN)/python -m pytest tests/paged_attention -m "not mutants" $(PYTEST_ARGS)
+
+.PHONY: mutants
+mutants: $(READY) ## seeded mistakes in the kernels, each of which the tests must catch
+	$(BIN)/python -m pytest tests/paged_attention -m mutants $(PYTEST_ARGS)
+
+.PHONY: aot
+aot: $(READY) ## compile kernels and whole steps for TPUs without one; ARGS=…
+	$(BIN)/python -m engine.aot $(ARGS)
+
+.PHONY: gpu-aot
+gpu-aot: $(READY) ## compile the gpu kernels for an H100 without one; ARGS="--only decode"
+	@scripts/make_gpu_venv.sh .venv-gpu
+	@.venv-gpu/bin/python scripts/gpu_aot.py $(ARGS)
+
 .PHONY: fuzz
 fuzz: $(READY) ## millions of random pool and scheduler operations; OCTAVO_FUZZ_EXAMPLES=…
 	OCTAVO_FUZZ_EXAMPLES=$(OCTAVO_FUZZ_EXAMPLES) \
@@ -84,4 +101,4 @@ clean: ## remove caches and build output
 
 .PHONY: distclean
 distclean: clean ## clean, and remove .venv and the fetched model
-	rm -rf $(VENV) $(MODEL)
+	rm -rf $(VENV) .venv-gpu $(MODEL)

@@ -10,7 +10,7 @@ import logging
 import os
 import sys
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import cyclopts
 from cyclopts import Parameter
@@ -141,6 +141,38 @@ def plan(
 
         Console().print(render(result))
     return 0 if result.fits else 1
+
+
+@app.command
+def calibrate(
+    *,
+    config: ConfigPath,
+    output: Annotated[Path, Parameter(name=["--output", "-o"])],
+    dtype: Literal["int8", "float8_e4m3fn"] | None = None,
+    prompts: Path | None = None,
+    set_: Overrides = None,
+) -> int:
+    """Find the scales of an 8-bit KV cache, by running prompts with an exact one.
+
+    Args:
+      config: a YAML file; see configs/.
+      output: the file to write, for cache.scales.
+      dtype: of the cache they are for; the config's if it has 8 bits, else int8.
+      prompts: a text file with a prompt a line, or JSON lines as `octavo generate` takes them,
+        if the name ends in .jsonl. Some short texts are built in. 4096 tokens of each are used.
+    """
+    from engine.calibrate import calibrate_file
+
+    loaded = _load(config, set_)
+    with _progress() as progress:
+        found = calibrate_file(loaded, output, dtype=dtype, prompts=prompts, progress=progress)
+    layers, _, heads = found.scales.shape
+    print(
+        f"wrote {output}: {found.dtype} scales of {layers} layers x {heads} KV heads, from "
+        f"{found.num_prompts} prompts of {found.num_tokens} tokens; use them with "
+        f"--set cache.dtype={found.dtype} --set cache.scales={output.absolute()}"
+    )
+    return 0
 
 
 @app.command
@@ -347,8 +379,19 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
+def _quiet_libtpu() -> None:
+    """Tell libtpu that there is no TPU, where the PCI bus has none: it is installed with the
+    development tools, to compile ahead of time, and warns of it at length otherwise."""
+    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
+    if not any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors):  # Google's
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+
+
 def main() -> None:
     """Run the command line; errors that a user can mend are one line, without a traceback."""
+    _quiet_libtpu()
     try:
         logging.basicConfig(
             level=os.environ.get("OCTAVO_LOG", "WARNING").upper(),

@@ -18,8 +18,11 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 import msgspec
 
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
+# What keys and values can be held in; those of one byte are quantised, see `CacheConfig.scales`.
+CACHE_DTYPE_BYTES = {**DTYPE_BYTES, "float8_e4m3fn": 1, "int8": 1}
 Dtype = Literal["float32", "bfloat16"]
-Backend = Literal["auto", "xla", "reference"]
+CacheDtype = Literal["float32", "bfloat16", "float8_e4m3fn", "int8"]
+Backend = Literal["auto", "tpu", "gpu", "xla", "reference"]
 
 
 class ConfigError(ValueError):
@@ -107,7 +110,11 @@ class ModelConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class MeshConfig:
-    """How many chips, by use: `data` replicas of `tensor` shards."""
+    """How many chips, by use: `data` replicas of `tensor` shards.
+
+    `tensor` must divide the query heads. It divides the KV heads, or is a multiple of them:
+    then each chip holds a copy of one KV head, weights and cache.
+    """
 
     data: int = 1
     tensor: int = 1
@@ -120,15 +127,21 @@ class CacheConfig:
     Attributes:
       block_size: tokens in one block; a power of two from 8 to 256.
       num_blocks: blocks in the pool.
-      memory: bytes for the pool, over all chips of one replica.
+      memory: bytes for the pool, over all chips of one replica; copies of KV heads and the
+        padding that a backend asks for are counted.
       dtype: of keys and values; by default the model's.
+      scales: a .safetensors file from `octavo calibrate`, with what a key or value of each
+        layer and KV head is divided by before it is held in 8 bits. int8 needs it; without
+        it, float8_e4m3fn holds values as they are. A relative path starts at the config
+        file's folder.
       prefix_reuse: whether finished blocks are kept for requests with the same prefix.
     """
 
     block_size: int = 16
     num_blocks: int | None = None
     memory: int | None = None
-    dtype: Dtype | None = None
+    dtype: CacheDtype | None = None
+    scales: str = ""
     prefix_reuse: bool = True
 
 
@@ -164,7 +177,13 @@ class BucketConfig:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class AttentionConfig:
-    """Which attention kernel: `auto` takes the best that runs on the device."""
+    """Which attention kernels.
+
+    Attributes:
+      backend: `tpu` and `gpu` (Hopper) are written for their device, `xla` runs on
+        any, `reference` is the slow oracle. `auto` takes the device's own, or else `xla`; it
+        is settled at the start, and a kernel that was asked for and can't run is an error.
+    """
 
     backend: Backend = "auto"
 
@@ -207,7 +226,7 @@ class Config:
         _check(self)
 
     @property
-    def cache_dtype(self) -> Dtype:
+    def cache_dtype(self) -> CacheDtype:
         """Of keys and values: the cache's own, or the model's."""
         return self.cache.dtype or self.model.dtype
 
@@ -252,9 +271,20 @@ def from_tree(tree: dict[str, Any], path: str = "") -> Config:
 def resolve_source(config: Config) -> str:
     """The model source with a relative path taken from the config file's folder."""
     source = config.model.source
-    if ":" in source or Path(source).expanduser().is_absolute() or not config.path:
-        return str(Path(source).expanduser()) if ":" not in source else source
-    return str((Path(config.path).parent / source).resolve())
+    return source if ":" in source else str(_beside(config, source))
+
+
+def resolve_scales(config: Config) -> Path | None:
+    """The file of `cache.scales`, taken from the config file's folder; None if there is none."""
+    return _beside(config, config.cache.scales) if config.cache.scales else None
+
+
+def _beside(config: Config, path: str) -> Path:
+    """A path in a config: a relative one starts at the config file's folder."""
+    expanded = Path(path).expanduser()
+    if expanded.is_absolute() or not config.path:
+        return expanded
+    return (Path(config.path).parent / path).resolve()
 
 
 _SIZE = re.compile(r"(\d{1,30}(?:\.\d{1,30})?)\s*([KMGT]i?B?|B?)")
@@ -362,6 +392,11 @@ def _check(config: Config) -> None:
         raise ConfigError(f"cache.block_size is {block}; it must be a power of two from 8 to 256")
     if (cache.num_blocks is None) == (cache.memory is None):
         raise ConfigError("give the cache's size as either cache.num_blocks or cache.memory")
+    if cache.scales and CACHE_DTYPE_BYTES[config.cache_dtype] > 1:
+        raise ConfigError(
+            f"cache.scales is {cache.scales!r}, but the cache is held in {config.cache_dtype}, "
+            "which takes none; leave it out or set cache.dtype to int8 or float8_e4m3fn"
+        )
     positive: Sequence[tuple[str, int | None]] = (
         ("cache.num_blocks", cache.num_blocks),
         ("cache.memory", cache.memory),

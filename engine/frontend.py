@@ -75,10 +75,11 @@ class Delta:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Which model an engine serves."""
+    """Which model an engine serves, and by which attention kernels."""
 
     name: str
     architecture: Architecture
+    attention: str
     dtype: str
     max_model_len: int
     eos_token_ids: tuple[int, ...]
@@ -311,6 +312,7 @@ class Engine:
         return ModelInfo(
             name=loaded.name,
             architecture=loaded.architecture,
+            attention=loaded.attention,
             dtype=self.config.model.dtype,
             max_model_len=loaded.limits.max_model_len,
             eos_token_ids=loaded.eos_token_ids,

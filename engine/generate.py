@@ -73,7 +73,7 @@ def generate_file(
     requests = {place: line for place, line in enumerate(lines) if isinstance(line, Line)}
     places = list(requests)
     done = len(lines) - len(requests)
-    with _replacing(output) as file:
+    with replacing(output) as file:
         with load() as llm:
             asked = ((line.prompt, line.sampling) for line in requests.values())
             for number, result in llm.generate_each(asked):
@@ -171,7 +171,7 @@ def as_line(index: int, result: Completion | Exception) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def _replacing(output: Path) -> Iterator[BinaryIO]:
+def replacing(output: Path) -> Iterator[BinaryIO]:
     """A file that takes the place of `output` if the block ends without an error."""
     target = output.resolve()  # what a link points to is replaced, not the link
     in_place = target.exists() and not target.is_file()  # a pipe, or a device

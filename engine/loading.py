@@ -14,18 +14,14 @@ from pathlib import Path
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
-from engine.config import (
-    Architecture,
-    Config,
-    ConfigError,
-    resolve_source,
-)
+from engine.config import Architecture, Backend, Config, ConfigError, resolve_source
 from engine.core.batching import bucket_set
 from engine.core.scheduler import Limits
-from engine.memory_plan import config_blocks
-from engine.model.attention import Attention, resolve_backend
+from engine.memory_plan import config_blocks, kv_copies
+from engine.model.attention import Attention, Resolved, Shape, check_supported, resolve_backend
 from engine.model.decoder import abstract_decoder
 from engine.model.sampler import MAX_STOP_IDS
 from engine.runtime import compiles
@@ -33,7 +29,8 @@ from engine.runtime.mesh import make_mesh, weight_shardings
 from engine.runtime.runner import Runner, RunnerShape
 from engine.text import Tokenizer
 from engine.types import MAX_STOP_TOKENS
-from engine.weights import Checkpoint, load_params, open_checkpoint
+from engine.weights import Checkpoint, load_params, open_checkpoint, with_kv_copies
+from engine.weights.kv_scales import load_scales, scales_fingerprint
 
 log = logging.getLogger(__name__)
 
@@ -44,11 +41,16 @@ Progress = Callable[[str, int, int], None]
 
 @dataclasses.dataclass(frozen=True)
 class LoadedEngine:
-    """Everything an engine needs."""
+    """Everything an engine needs.
+
+    `architecture` is the model's own: the runner's has each KV head as often as chips hold it.
+    `attention` says which kernels run, and why where that may surprise.
+    """
 
     config: Config
     name: str
     architecture: Architecture
+    attention: str
     tokenizer: Tokenizer
     eos_token_ids: tuple[int, ...]
     weights_fingerprint: str
@@ -71,51 +73,51 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     _check_architecture(config, arch)
     tokenizer = _tokenizer(checkpoint)
     eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
-    limits = make_limits(config, arch, checkpoint.fingerprint)
-    mesh = make_mesh(config.mesh, arch)
-    try:
-        backend = resolve_backend(config.attention.backend, jax.default_backend())
-    except ValueError as error:
-        raise ConfigError(f"attention.backend: {error}") from None
-    model = abstract_decoder(arch, jnp.dtype(config.model.dtype))
-    shape = RunnerShape(
-        num_blocks=limits.num_blocks,
-        block_size=limits.block_size,
-        max_num_seqs=limits.max_num_seqs,
-        cache_dtype=jnp.dtype(config.cache_dtype),
-        buckets=bucket_set(
-            config.buckets, config.scheduler, -(-limits.max_model_len // limits.block_size)
-        ),
+    resolved = resolve_attention(config)
+    scales = load_scales(config, arch)
+    limits = make_limits(
+        config, arch, checkpoint.fingerprint, backend=resolved.backend, scales=scales
     )
+    mesh = make_mesh(config.mesh, arch)
+    check_attention(config, arch, resolved.backend, limits)
+    copies = kv_copies(arch, config.mesh.tensor)
+    model = abstract_decoder(with_kv_copies(arch, copies), jnp.dtype(config.model.dtype))
+    shape = runner_shape(config, limits)
     weights = load_params(
         checkpoint,
         weight_shardings(model, mesh),
         functools.partial(show, "Loading weights"),
+        kv_copies=copies,
     )
+    attention = Attention(resolved.backend, mesh)
+    if scales is not None:
+        scales = np.repeat(scales, copies, axis=-1)
     try:
-        runner = Runner(model, weights, mesh, Attention(backend, mesh), shape)
+        runner = Runner(model, weights, mesh, attention, shape, scales)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
         raise ConfigError(
             f"the cache of {limits.num_blocks} blocks of {limits.block_size} tokens doesn't fit "
-            f"into {jax.devices()[0].device_kind} memory beside the weights; lower cache.memory "
+            f"into {_device_kind()} memory beside the weights; lower cache.memory "
             "or cache.num_blocks (`octavo plan` shows what fits)"
         ) from error
     runner.warm_up(functools.partial(show, "Compiling"))
     log.info(
-        "%s: attention %s on %s, %d blocks of %d tokens, buckets %s",
+        "%s: attention %s (%s) on %s, %d blocks of %d tokens in %s, buckets %s",
         checkpoint.format,
-        backend,
-        jax.devices()[0].device_kind,
+        *resolved,
+        _device_kind(),
         limits.num_blocks,
         limits.block_size,
+        config.cache_dtype,
         [tuple(bucket[:2]) for bucket in shape.buckets],
     )
     return LoadedEngine(
         config=config,
         name=_name(config),
         architecture=arch,
+        attention=describe(resolved, config.attention.backend),
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
         weights_fingerprint=checkpoint.fingerprint,
@@ -125,8 +127,63 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     )
 
 
-def make_limits(config: Config, arch: Architecture, weights_fingerprint: str) -> Limits:
+def resolve_attention(config: Config) -> Resolved:
+    """Which attention kernels the config means on this machine, and why.
+
+    Raises:
+      ConfigError: those that were asked for can't run here.
+    """
+    try:
+        return resolve_backend(config.attention.backend, jax.default_backend(), _device_kind())
+    except ValueError as error:
+        raise ConfigError(f"attention.backend: {error}") from None
+
+
+def describe(resolved: Resolved, asked: Backend) -> str:
+    """The kernels' name, and the reason where `auto` didn't find what the device's owner hopes
+    for: an accelerator that its own kernels don't run on."""
+    is_fallback = asked == "auto" and resolved.backend == "xla" and jax.default_backend() != "cpu"
+    return f"{resolved.backend}, as {resolved.reason}" if is_fallback else resolved.backend
+
+
+def check_attention(config: Config, arch: Architecture, backend: Backend, limits: Limits) -> None:
+    """Refuse what the kernels can't compute, before weights are read and programs compiled.
+
+    Raises:
+      ConfigError: with what is supported instead.
+    """
+    assert backend != "auto"
+    tensor = config.mesh.tensor
+    shape = Shape(
+        num_heads=arch.num_heads // tensor,
+        num_kv_heads=arch.num_kv_heads * kv_copies(arch, tensor) // tensor,
+        head_dim=arch.head_dim,
+        block_size=limits.block_size,
+        dtype=config.model.dtype,
+        cache_dtype=config.cache_dtype,
+    )
+    try:
+        check_supported(shape, backend, _device_kind())
+    except ValueError as error:
+        way_out = "" if "xla" in str(error) else "; or set attention.backend to xla"
+        raise ConfigError(f"{error}{way_out}") from None
+
+
+def make_limits(
+    config: Config,
+    arch: Architecture,
+    weights_fingerprint: str,
+    *,
+    backend: Backend,
+    scales: np.ndarray | None = None,
+) -> Limits:
     """The scheduler's limits, with every size settled.
+
+    Args:
+      config, arch: what is asked for, and of which model.
+      weights_fingerprint: from the checkpoint.
+      backend: the resolved one; it decides how wide a block is.
+      scales: from `load_scales`.
 
     Raises:
       ConfigError: the model or the device's integers don't reach that far.
@@ -137,7 +194,7 @@ def make_limits(config: Config, arch: Architecture, weights_fingerprint: str) ->
             f"model.max_model_len is {max_model_len}, but the model was made for at most "
             f"{arch.max_position} tokens"
         )
-    num_blocks = config_blocks(config, arch)
+    num_blocks = config_blocks(config, arch, backend)
     # The last token of a sequence is never fed back, so it takes no place in the cache.
     reach = num_blocks * config.cache.block_size + 1
     if max_model_len > reach:
@@ -163,7 +220,27 @@ def make_limits(config: Config, arch: Architecture, weights_fingerprint: str) ->
         max_waiting=config.scheduler.max_waiting,
         prefix_reuse=config.cache.prefix_reuse,
         # Keys and values depend on how they are computed and held, not on the weights alone.
-        fingerprint=f"{weights_fingerprint}:{config.model.dtype}:{config.cache_dtype}",
+        fingerprint=":".join(
+            (
+                weights_fingerprint,
+                config.model.dtype,
+                config.cache_dtype,
+                scales_fingerprint(scales),
+            )
+        ),
+    )
+
+
+def runner_shape(config: Config, limits: Limits) -> RunnerShape:
+    """The sizes of device memory and of every program, from settled limits."""
+    return RunnerShape(
+        num_blocks=limits.num_blocks,
+        block_size=limits.block_size,
+        max_num_seqs=limits.max_num_seqs,
+        cache_dtype=jnp.dtype(config.cache_dtype),
+        buckets=bucket_set(
+            config.buckets, config.scheduler, -(-limits.max_model_len // limits.block_size)
+        ),
     )
 
 
@@ -196,6 +273,11 @@ def use_compile_cache(folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _device_kind() -> str:
+    """The device's name, such as `TPU v5 lite` or `NVIDIA H100 80GB HBM3`."""
+    return jax.devices()[0].device_kind
 
 
 def _name(config: Config) -> str:

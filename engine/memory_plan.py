@@ -12,7 +12,14 @@ import json
 from collections.abc import Sequence
 from typing import NamedTuple
 
-from engine.config import DTYPE_BYTES, Architecture, Config, ConfigError
+from engine.config import (
+    CACHE_DTYPE_BYTES,
+    DTYPE_BYTES,
+    Architecture,
+    Backend,
+    Config,
+    ConfigError,
+)
 
 HEADROOM = 0.10
 """Part of a chip's memory left to activations, logits, programs and fragmentation."""
@@ -74,16 +81,39 @@ def num_parameters(arch: Architecture) -> int:
     return sum(weight.num_parameters for weight in weights(arch))
 
 
-def kv_bytes_per_token(arch: Architecture, dtype: str, *, tensor: int | None = None) -> int:
-    """Bytes that one token's keys and values take in all layers.
+def kv_bytes_per_token(arch: Architecture, dtype: str) -> int:
+    """Bytes of one token's keys and values in all layers, without padding or copies.
 
     Args:
       dtype: of the cache.
-      tensor: give the share of one of that many chips; None is the model as a whole, without
-        the repetition of KV heads that more chips than KV heads cause.
     """
-    heads = arch.num_kv_heads if tensor is None else _ceil_div(arch.num_kv_heads, tensor)
-    return 2 * arch.num_layers * heads * arch.head_dim * DTYPE_BYTES[dtype]
+    return 2 * arch.num_layers * arch.num_kv_heads * arch.head_dim * CACHE_DTYPE_BYTES[dtype]
+
+
+def kv_bytes_per_token_per_chip(
+    arch: Architecture, dtype: str, *, tensor: int, backend: Backend
+) -> int:
+    """Bytes that one token's keys and values take in all layers on one of `tensor` chips.
+
+    Chips beyond the KV heads hold copies of them, and a backend may pad the heads.
+    """
+    heads = _ceil_div(arch.num_kv_heads, tensor)
+    width = cache_width(arch.head_dim, backend)
+    return 2 * arch.num_layers * heads * width * CACHE_DTYPE_BYTES[dtype]
+
+
+def cache_width(head_dim: int, backend: Backend) -> int:
+    """Entries that a head's keys take in the cache, and its values as many.
+
+    `auto` is counted as the widest that it may turn out to be, which is `tpu`. The rule is the
+    kernels' own (`head_width`), written again because this file runs without jax; a test
+    compares the two.
+    """
+    if backend == "gpu":
+        return 64 * _ceil_div(head_dim, 64)
+    if backend in ("tpu", "auto"):
+        return 64 if head_dim <= 64 else 128 * _ceil_div(head_dim, 128)
+    return head_dim
 
 
 def sampler_bytes(arch: Architecture, max_num_seqs: int) -> int:
@@ -95,8 +125,12 @@ def sampler_bytes(arch: Architecture, max_num_seqs: int) -> int:
     return (max_num_seqs + 1) * arch.vocab_size * (4 + 4 + 1)
 
 
-def config_blocks(config: Config, arch: Architecture) -> int:
+def config_blocks(config: Config, arch: Architecture, backend: Backend | None = None) -> int:
     """Blocks of the pool that a config asks for, in blocks or in bytes of one replica.
+
+    Args:
+      config, arch: what is asked for, and of which model.
+      backend: what `attention.backend` turned out to be; None takes it from the config.
 
     Raises:
       ConfigError: `cache.memory` doesn't hold a single block.
@@ -104,13 +138,19 @@ def config_blocks(config: Config, arch: Architecture) -> int:
     if config.cache.num_blocks is not None:
         return config.cache.num_blocks
     assert config.cache.memory is not None  # Config checks that one of the two is given
-    block = _block_bytes_per_chip(config, arch) * config.mesh.tensor
+    backend = backend or config.attention.backend
+    block = _block_bytes_per_chip(config, arch, backend) * config.mesh.tensor
     if config.cache.memory < block:
         raise ConfigError(
             f"cache.memory is {config.cache.memory} bytes, but one block of "
             f"{config.cache.block_size} tokens takes {block}; raise it or lower cache.block_size"
         )
     return config.cache.memory // block
+
+
+def kv_copies(arch: Architecture, tensor: int) -> int:
+    """How many of `tensor` chips hold each KV head."""
+    return max(1, tensor // arch.num_kv_heads)
 
 
 def format_bytes(count: int) -> str:
@@ -145,10 +185,13 @@ class MemoryPlan:
 
     Attributes:
       model, dtype, cache_dtype: what is planned for.
+      attention: the backend that is planned for, as the config names it.
+      head_dim, cache_width: of the model, and as the backend's cache has it.
       data, tensor: replicas, and chips in each.
       num_parameters: elements of the weights.
       weight_bytes, weight_bytes_per_chip: once, and with what every chip repeats.
-      kv_bytes_per_token, kv_bytes_per_token_per_chip: the same of one token's cache.
+      kv_bytes_per_token: of one token's cache, once and without padding.
+      kv_bytes_per_token_per_chip: the same with copies and padding, on one chip.
       kv_copies: chips that hold each KV head; above 1 when chips outnumber KV heads.
       sampler_bytes_per_chip: counts, biases and prompt marks of the slots.
       block_size, block_bytes_per_chip: tokens, and bytes, of a block.
@@ -169,6 +212,9 @@ class MemoryPlan:
     model: str
     dtype: str
     cache_dtype: str
+    attention: str
+    head_dim: int
+    cache_width: int
     data: int
     tensor: int
     num_parameters: int
@@ -238,7 +284,7 @@ def plan(
             "fetch them, or state the architecture"
         )
     tensor = config.mesh.tensor
-    _check_split(arch, tensor)
+    check_split(arch, tensor)
     limit = config.model.max_model_len or arch.max_position
     mean = mean_length if mean_length is not None else max(1, limit // 8)
     _check_arguments(hbm, headroom, (*lengths, mean), limit, mean)
@@ -249,7 +295,8 @@ def plan(
         weight.parameters_per_chip(tensor) for weight in weights(arch)
     )
     sampler = sampler_bytes(arch, config.scheduler.max_num_seqs)
-    block_bytes = _block_bytes_per_chip(config, arch)
+    backend = config.attention.backend
+    block_bytes = _block_bytes_per_chip(config, arch, backend)
     asked = config_blocks(config, arch)
 
     reserved = int(hbm * headroom) if hbm is not None else 0
@@ -265,14 +312,19 @@ def plan(
         model=config.model.name or config.model.source,
         dtype=config.model.dtype,
         cache_dtype=cache_dtype,
+        attention=backend,
+        head_dim=arch.head_dim,
+        cache_width=cache_width(arch.head_dim, backend),
         data=config.mesh.data,
         tensor=tensor,
         num_parameters=num_parameters(arch),
         weight_bytes=weight_bytes,
         weight_bytes_per_chip=weight_bytes_per_chip,
         kv_bytes_per_token=kv_bytes_per_token(arch, cache_dtype),
-        kv_bytes_per_token_per_chip=kv_bytes_per_token(arch, cache_dtype, tensor=tensor),
-        kv_copies=max(1, tensor // arch.num_kv_heads),
+        kv_bytes_per_token_per_chip=kv_bytes_per_token_per_chip(
+            arch, cache_dtype, tensor=tensor, backend=backend
+        ),
+        kv_copies=kv_copies(arch, tensor),
         sampler_bytes_per_chip=sampler,
         block_size=block_size,
         block_bytes_per_chip=block_bytes,
@@ -297,9 +349,10 @@ def _ceil_div(a: int, b: int) -> int:
     return -(-a // b)
 
 
-def _block_bytes_per_chip(config: Config, arch: Architecture) -> int:
-    dtype = config.cache_dtype
-    return config.cache.block_size * kv_bytes_per_token(arch, dtype, tensor=config.mesh.tensor)
+def _block_bytes_per_chip(config: Config, arch: Architecture, backend: Backend) -> int:
+    return config.cache.block_size * kv_bytes_per_token_per_chip(
+        arch, config.cache_dtype, tensor=config.mesh.tensor, backend=backend
+    )
 
 
 def _fit(length: int, num_blocks: int, block_size: int, limit: int) -> LengthFit:
@@ -307,7 +360,8 @@ def _fit(length: int, num_blocks: int, block_size: int, limit: int) -> LengthFit
     return LengthFit(length, blocks, num_blocks // blocks, num_blocks * block_size // limit)
 
 
-def _check_split(arch: Architecture, tensor: int) -> None:
+def check_split(arch: Architecture, tensor: int) -> None:
+    """Refuse a number of chips that the model can't be cut over. Raises ConfigError."""
     for name, count in (
         ("query heads", arch.num_heads),
         ("FFN columns", arch.intermediate_size),

@@ -65,9 +65,13 @@ def _memory(plan: MemoryPlan) -> Table:
         share = plan.headroom_bytes_per_chip / plan.hbm
         row("headroom", plan.headroom_bytes_per_chip, f"{share:.0%}: activations, programs")
         row("left for the cache", plan.available_bytes_per_chip, f"of {format_bytes(plan.hbm)}")
-    copies = f", each KV head on {plan.kv_copies} chips" if plan.kv_copies > 1 else ""
-    total = format_bytes(plan.kv_bytes_per_token)
-    row("KV of a token", plan.kv_bytes_per_token_per_chip, f"{total} in the model{copies}")
+    note = f"{format_bytes(plan.kv_bytes_per_token)} in the model"
+    if plan.kv_copies > 1:
+        note += f", each KV head on {plan.kv_copies} chips"
+    if plan.cache_width != plan.head_dim:
+        note += f", heads padded from {plan.head_dim} to {plan.cache_width} (attention "
+        note += f"{plan.attention})"
+    row("KV of a token", plan.kv_bytes_per_token_per_chip, note)
     row("block", plan.block_bytes_per_chip, f"{plan.block_size} tokens")
     row("pool, as configured", plan.config_pool_bytes_per_chip, f"{plan.config_blocks:,} blocks")
     return table

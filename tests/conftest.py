@@ -6,6 +6,8 @@ import os
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
+# XLA's threads: an interpreted kernel may block more of them than two cores would give it.
+os.environ.setdefault("NPROC", "16")
 
 import jax
 import pytest

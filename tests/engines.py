@@ -14,11 +14,20 @@ from pathlib import Path
 from typing import Any
 
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 
-from engine.config import Backend, BucketConfig, MeshConfig, SchedulerConfig
+from engine.config import (
+    Backend,
+    BucketConfig,
+    CacheDtype,
+    Dtype,
+    MeshConfig,
+    SchedulerConfig,
+)
 from engine.core import batching, scheduler
 from engine.core.scheduler import Limits, SchedulerState
+from engine.memory_plan import kv_copies
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder, abstract_decoder
 from engine.runtime.mesh import make_mesh, weight_shardings
@@ -32,7 +41,8 @@ from engine.types import (
     StepPlan,
     TokenLogprobs,
 )
-from engine.weights import Checkpoint, load_params, open_checkpoint
+from engine.weights import Checkpoint, load_params, open_checkpoint, with_kv_copies
+from engine.weights.kv_scales import read_scales
 
 SCHEDULER = SchedulerConfig(max_num_seqs=4, max_step_tokens=32)
 BUCKETS = BucketConfig(decode_seqs=(4,), prefill_tokens=(32,), prefill_seqs=(4,))
@@ -131,9 +141,11 @@ def _deliver(outputs: Sequence[StepOutput], results: Mapping[str, Result]) -> No
 def small_engine(
     source: Path,
     *,
-    dtype: str = "float32",
-    cache_dtype: str | None = None,
+    dtype: Dtype = "float32",
+    cache_dtype: CacheDtype | None = None,
     backend: Backend = "xla",
+    interpret: bool = False,
+    scales: Path | None = None,
     tensor: int = 1,
     num_blocks: int = 64,
     block_size: int = 8,
@@ -144,13 +156,15 @@ def small_engine(
     """Load a checkpoint and compile its buckets; equal arguments give the same engine.
 
     The default serves 4 sequences of at most 128 tokens, 32 tokens a step, from a pool of 64
-    blocks of 8 tokens.
+    blocks of 8 tokens. `interpret` runs the kernels of `tpu` and `gpu` on the CPU; `scales` is
+    a file for an 8-bit cache.
     """
     assert backend != "auto"
     checkpoint = open_checkpoint(source)
     arch = checkpoint.architecture
     mesh = make_mesh(MeshConfig(tensor=tensor), arch)
-    model = abstract_decoder(arch, jnp.dtype(dtype))
+    copies = kv_copies(arch, tensor)
+    model = abstract_decoder(with_kv_copies(arch, copies), jnp.dtype(dtype))
     shape = RunnerShape(
         num_blocks=num_blocks,
         block_size=block_size,
@@ -158,8 +172,12 @@ def small_engine(
         cache_dtype=jnp.dtype(cache_dtype or dtype),
         buckets=batching.bucket_set(buckets, config, -(-max_model_len // block_size)),
     )
-    weights = load_params(checkpoint, weight_shardings(model, mesh))
-    runner = Runner(model, weights, mesh, Attention(backend, mesh), shape)
+    weights = load_params(checkpoint, weight_shardings(model, mesh), kv_copies=copies)
+    attention = Attention(backend, mesh, interpret)
+    kv_scales = None
+    if scales is not None:
+        kv_scales = np.repeat(read_scales(scales, arch, cache_dtype or dtype), copies, axis=-1)
+    runner = Runner(model, weights, mesh, attention, shape, kv_scales)
     runner.warm_up()
     limits = Limits(
         num_blocks=num_blocks,

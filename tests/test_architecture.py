@@ -18,6 +18,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[1]
 MAX_LINES = 450  # a file asks to be two from about 400 on
+MAX_LINES_KERNEL = 600  # a kernel is one function and what it is told
+KERNELS = {"pallas_kernels/paged_attention/tpu.py", "pallas_kernels/paged_attention/gpu.py"}
 MAX_LINES_REQUEST_TO_TOKEN = 3000
 
 BELOW_SERVE = {"types", "config", "core", "memory_plan", "model", "runtime", "text", "weights"}
@@ -37,6 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "frontend": BELOW_SERVE | {"loading", "resolve"},
     "llm": BELOW_SERVE | {"loading", "frontend"},
     "generate": {"types", "llm"},
+    "calibrate": BELOW_SERVE | {"loading", "resolve", "llm", "generate"},
+    "aot": BELOW_SERVE | {"loading"},  # compiles what `loading` would start
     "rpc": set(),
     "serve": BELOW_SERVE | {"loading", "frontend", "rpc", "__init__"},  # __init__ holds the version
     # The wire's translation to and from our types is one file for both ends.
@@ -114,9 +118,9 @@ def test_a_file_of_the_engine_imports_only_what_stands_below_it(path: Path) -> N
 
 
 @pytest.mark.parametrize("path", _sources("engine"), ids=_module)
-def test_only_the_model_imports_the_kernels(path: Path) -> None:
+def test_only_the_model_and_what_compiles_kernels_import_the_kernels(path: Path) -> None:
     uses = [line for line, name in _imports(path) if name.split(".")[0] == "pallas_kernels"]
-    assert not uses or _unit(_module(path)) == "model", f"lines {uses}"
+    assert not uses or _unit(_module(path)) in ("model", "aot"), f"lines {uses}"
 
 
 @pytest.mark.parametrize("path", _sources("pallas_kernels"), ids=_module)
@@ -190,13 +194,14 @@ def test_what_runs_without_a_device_never_loads_jax() -> None:
 @pytest.mark.parametrize("path", _sources("engine", "pallas_kernels", "scripts"), ids=_module)
 def test_a_file_is_short_enough_to_read_and_says_what_it_is(path: Path) -> None:
     text = path.read_text()
-    assert len(text.splitlines()) <= MAX_LINES
+    is_kernel = path.relative_to(ROOT).as_posix() in KERNELS
+    assert len(text.splitlines()) <= (MAX_LINES_KERNEL if is_kernel else MAX_LINES)
     assert not text.strip() or ast.get_docstring(ast.parse(text)), "no module docstring"
 
 
 def test_the_path_from_request_to_token_reads_in_an_hour() -> None:
     path = [ROOT / "engine" / "types.py", *_sources("engine/core", "engine/model")]
-    path += (ROOT / "engine" / "runtime").glob("runner*.py")
+    path += [ROOT / "engine" / "runtime" / name for name in ("runner.py", "step.py")]
     assert sum(len(file.read_text().splitlines()) for file in path) < MAX_LINES_REQUEST_TO_TOKEN
 
 

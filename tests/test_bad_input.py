@@ -62,7 +62,8 @@ def generate(config: Path, *more: object, output: object = None) -> tuple[object
         ("cache.num_blocks=-1", ("cache.num_blocks is -1", "at least 1")),
         ("cache.block_size=17", ("cache.block_size is 17", "power of two from 8 to 256")),
         ("cache.memory=1MiB", ("either cache.num_blocks or cache.memory",)),
-        ("attention.backend=cuda", ("attention.backend is 'cuda'", "auto, xla, reference")),
+        ("attention.backend=cuda", ("attention.backend is 'cuda'", "auto, tpu, gpu, xla, ref")),
+        ("cache.dtype=int4", ("cache.dtype is 'int4'", "float32, bfloat16, float8_e4m3fn, int8")),
         ("model.max_model_len=.nan", ("model.max_model_len",)),
     ],
 )
@@ -96,7 +97,11 @@ def test_a_config_file_that_is_none(
     ("setting", "messages"),
     [
         ("mesh.tensor=5", ("mesh.tensor is 5", "there are 4 devices", "lower it")),
-        ("mesh.tensor=4", ("mesh.tensor is 4", "num_kv_heads (2)")),
+        ("mesh.tensor=3", ("mesh.tensor is 3", "can't cut 4 query heads", "divisor of 4")),
+        ("attention.backend=tpu", ("attention.backend", "'tpu' can't run", "cpu", "or xla")),
+        ("attention.backend=gpu", ("attention.backend", "'gpu' can't run", "cpu", "or xla")),
+        ("cache.dtype=int8", ("int8, which needs cache.scales", "octavo calibrate --config")),
+        ("cache.scales=x.safetensors", ("held in float32, which takes none", "int8")),
         ("mesh.data=2", ("mesh.data is 2", "one server a replica")),
         ("model.max_model_len=4096", ("max_model_len is 4096", "at most 2048")),
         ("cache.num_blocks=4", ("max_model_len is 512", "enlarge the cache")),

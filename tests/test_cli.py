@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -18,7 +19,7 @@ from tests.command_line import CommandLine, Ended
 from tests.conftest import ROOT
 from tests.runtime import tiny
 
-COMMANDS = ("serve", "chat", "generate", "plan", "replay", "convert", "bench")
+COMMANDS = ("serve", "chat", "generate", "plan", "calibrate", "replay", "convert", "bench")
 HEAVY = ("flax", "gguf", "grpc", "jax", "jinja2", "numpy", "orbax", "safetensors", "tokenizers")
 
 
@@ -213,3 +214,13 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(
     work()
     assert "Loading" in terminal.getvalue()
     assert "━" in terminal.getvalue()
+
+
+def test_libtpu_is_silent_where_there_is_no_tpu() -> None:
+    """It is among the development tools, and JAX asks it for devices whenever it is there."""
+    quiet = {name: os.environ[name] for name in os.environ if not name.startswith(("JAX", "TPU"))}
+    code = "from engine import cli; cli._quiet_libtpu(); import jax; jax.devices()"
+    ended = subprocess.run(
+        [sys.executable, "-c", code], env=quiet, capture_output=True, text=True, check=True
+    )
+    assert ended.stderr == ""

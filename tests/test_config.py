@@ -158,6 +158,8 @@ def test_an_unknown_key_that_is_not_text_is_still_named() -> None:
         ("mesh.tensor", "all"),
         ("cache.prefix_reuse", 1),
         ("cache.dtype", "int4"),
+        ("cache.scales", 1),
+        ("model.dtype", "int8"),
         ("scheduler.max_num_seqs", True),
         ("scheduler.max_num_seqs", "many"),
         ("scheduler", [1]),

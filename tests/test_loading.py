@@ -10,15 +10,24 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import pytest
 
 from engine import loading
-from engine.config import ConfigError, from_tree
+from engine.config import Backend, ConfigError, from_tree
 from engine.core.block_keys import child_key, root_key
-from engine.loading import load_engine, make_limits, use_compile_cache
+from engine.core.scheduler import Limits
+from engine.loading import (
+    describe,
+    load_engine,
+    make_limits,
+    resolve_attention,
+    use_compile_cache,
+)
 from engine.text import TokenizerError
 from engine.types import MAX_STOP_TOKENS, Domain
 from engine.weights import WeightsError
+from engine.weights.kv_scales import encode_scales
 from tests.runtime import tiny
 
 
@@ -35,14 +44,21 @@ class Reached(Exception):
 def no_weights(monkeypatch: pytest.MonkeyPatch) -> None:
     """Loading stops before anything slow."""
 
-    def load_params(*_: Any) -> Any:
+    def load_params(*_: Any, **__: Any) -> Any:
         raise Reached
 
     monkeypatch.setattr(loading, "load_params", load_params)
 
 
-def limits_of(**changes: Any) -> Any:
-    return make_limits(from_tree(tiny.config_tree(Path("x"), **changes)), tiny.ARCH, "weights")
+def limits_of(
+    *,
+    weights: str = "weights",
+    backend: Backend = "xla",
+    scales: np.ndarray | None = None,
+    **changes: Any,
+) -> Limits:
+    config = from_tree(tiny.config_tree(Path("x"), **changes))
+    return make_limits(config, tiny.ARCH, weights, backend=backend, scales=scales)
 
 
 def test_limits_come_from_the_config_and_the_model() -> None:
@@ -56,9 +72,10 @@ def test_limits_come_from_the_config_and_the_model() -> None:
     by_memory = {"cache.num_blocks": None, "cache.memory": "1MiB"}
     # A token takes K and V of 2 layers x 2 heads x 16 floats.
     assert limits_of(**by_memory).num_blocks == 2**20 // (16 * 2 * 2 * 2 * 16 * 4)
+    assert limits_of(backend="tpu", **by_memory).num_blocks == 2**20 // (16 * 2 * 2 * 2 * 64 * 4)
 
 
-def test_block_keys_tell_weights_and_dtypes_apart() -> None:
+def test_block_keys_tell_weights_dtypes_and_scales_apart() -> None:
     def first_key(fingerprint: str) -> bytes:
         return child_key(root_key(Domain(), fingerprint), range(16))
 
@@ -67,9 +84,13 @@ def test_block_keys_tell_weights_and_dtypes_apart() -> None:
         limits_of(**{"model.dtype": "bfloat16"}),
         limits_of(**{"cache.dtype": "bfloat16"}),
         limits_of(**{"model.dtype": "bfloat16", "cache.dtype": "float32"}),
-        make_limits(from_tree(tiny.config_tree(Path("x"))), tiny.ARCH, "other weights"),
+        limits_of(weights="other weights"),
+        limits_of(**{"cache.dtype": "float8_e4m3fn"}),
+        limits_of(scales=np.ones((2, 2, 2), np.float32), **{"cache.dtype": "float8_e4m3fn"}),
+        limits_of(scales=np.ones((2, 2, 2), np.float32), **{"cache.dtype": "int8"}),
+        limits_of(scales=np.full((2, 2, 2), 2, np.float32), **{"cache.dtype": "int8"}),
     ]
-    assert len({first_key(limits.fingerprint) for limits in variants}) == 5
+    assert len({first_key(limits.fingerprint) for limits in variants}) == len(variants) == 9
     assert limits_of(**{"cache.dtype": "float32"}).fingerprint == limits_of().fingerprint
 
 
@@ -162,6 +183,87 @@ def test_a_pool_that_does_not_fit_into_memory_is_a_config_error(
     monkeypatch.setattr(loading, "Runner", runner)
     with pytest.raises(ConfigError, match=r"64 blocks of 16 tokens doesn't fit .* lower cache"):
         load_engine(from_tree(tiny.config_tree(folder)))
+
+
+@pytest.mark.parametrize(
+    ("backend", "changes", "message"),
+    [
+        ("gpu", {"cache.block_size": 8}, "'gpu': .*16, 32, 64, 128 or 256, not 8; .*xla"),
+        ("gpu", {"model.dtype": "float32"}, "'gpu': .*bfloat16, .* or int8, not float32.*xla"),
+        ("tpu", {"cache.block_size": 8}, "'tpu': .*blocks of 8 tokens.*16, 32, 64, 128.*xla"),
+    ],
+)
+def test_what_the_kernels_do_not_take_is_refused_before_the_weights_are_read(
+    folder: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    no_weights: None,
+    backend: str,
+    changes: dict[str, Any],
+    message: str,
+) -> None:
+    devices = {"gpu": "NVIDIA H100 80GB HBM3", "tpu": "TPU v6 lite"}
+    monkeypatch.setattr(jax, "default_backend", lambda: backend)
+    monkeypatch.setattr(loading, "_device_kind", lambda: devices[backend])
+    good = {"model.dtype": "bfloat16", "cache.block_size": 16}
+    with pytest.raises(Reached):
+        load_engine(from_tree(tiny.config_tree(folder, **good)))
+    with pytest.raises(ConfigError, match=message):
+        load_engine(from_tree(tiny.config_tree(folder, **{**good, **changes})))
+
+
+def test_what_cache_scales_ask_for_is_settled_before_the_weights_are_read(
+    folder: Path, tmp_path: Path, no_weights: None
+) -> None:
+    file = tmp_path / "scales.safetensors"
+    cache = {"cache.dtype": "int8", "cache.scales": str(file)}
+    with pytest.raises(ConfigError, match=f"cache.scales: {file}: there is no such file"):
+        load_engine(from_tree(tiny.config_tree(folder, **cache)))
+    file.write_bytes(encode_scales(np.ones((2, 2, 3), np.float32), "int8"))
+    with pytest.raises(ConfigError, match=r"kv_scales is F32 \[2, 2, 3\], .* F32 \[2, 2, 2\]"):
+        load_engine(from_tree(tiny.config_tree(folder, **cache)))
+    file.write_bytes(encode_scales(np.ones((2, 2, 2), np.float32), "int8"))
+    with pytest.raises(Reached):
+        load_engine(from_tree(tiny.config_tree(folder, **cache)))
+    with pytest.raises(ConfigError, match=r"int8, which needs cache\.scales"):
+        load_engine(from_tree(tiny.config_tree(folder, **{"cache.dtype": "int8"})))
+
+
+@pytest.mark.parametrize(
+    ("asked", "platform", "kind", "shown"),
+    [
+        ("auto", "cpu", "cpu", "xla"),
+        ("reference", "cpu", "cpu", "reference"),
+        ("auto", "gpu", "NVIDIA H100 80GB HBM3", "gpu"),
+        ("auto", "gpu", "NVIDIA A100-SXM4-80GB", "xla, as NVIDIA A100-SXM4-80GB is not a Hopper GPU"),
+        ("xla", "gpu", "NVIDIA A100-SXM4-80GB", "xla"),
+        ("auto", "tpu", "TPU v6 lite", "tpu"),
+    ],
+)
+def test_the_kernels_are_named_with_the_reason_where_it_may_surprise(
+    monkeypatch: pytest.MonkeyPatch, asked: Backend, platform: str, kind: str, shown: str
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(loading, "_device_kind", lambda: kind)
+    config = from_tree(tiny.config_tree(Path("x"), **{"attention.backend": asked}))
+    described = describe(resolve_attention(config), asked)
+    assert described.startswith(shown)
+    assert ("," in described) == ("," in shown)
+
+
+def test_the_engine_says_which_kernels_run(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    with caplog.at_level(logging.INFO, "engine.loading"):
+        loaded = load_engine(from_tree(tiny.config_tree(folder)))
+    assert loaded.attention == "xla"
+    assert "attention xla (the one for cpu)" in caplog.text
+    assert "blocks of 16 tokens in float32" in caplog.text
+
+
+def test_a_replica_of_more_chips_than_kv_heads_serves_the_model_s_own_architecture(
+    folder: Path,
+) -> None:
+    loaded = load_engine(from_tree(tiny.config_tree(folder, **{"mesh.tensor": 4})))
+    assert loaded.architecture == tiny.ARCH
+    assert loaded.runner.kv_pool.shape == (2 * 64, 4, 16, 32)
 
 
 @pytest.mark.parametrize(

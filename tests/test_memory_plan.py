@@ -97,6 +97,26 @@ def test_chips_beyond_the_kv_heads_hold_copies_of_them() -> None:
     assert plan(_config(mesh={"tensor": 8}), LLAMA_8B).kv_bytes_per_token_per_chip == 16 * 1024
 
 
+def test_a_cache_of_8_bits_takes_half_the_bytes_of_bfloat16() -> None:
+    for dtype in ("int8", "float8_e4m3fn"):
+        made = plan(_config(cache={"memory": "1GiB", "dtype": dtype}), LLAMA_8B)
+        assert made.kv_bytes_per_token == 64 * 1024
+        assert made.config_blocks == 1024
+
+
+def test_padded_heads_are_counted_and_shown() -> None:
+    """Head dim 80: the TPU's kernels take 128, the GPU's too, and `auto` may be either."""
+    arch = dataclasses.replace(LLAMA_8B, head_dim=80)
+    for backend, width in (("auto", 128), ("tpu", 128), ("gpu", 128), ("xla", 80)):
+        config = _config(cache={"memory": "1GiB"}, attention={"backend": backend})
+        made = plan(config, arch)
+        assert made.kv_bytes_per_token == 2 * 32 * 8 * 80 * 2
+        assert made.kv_bytes_per_token_per_chip == 2 * 32 * 8 * width * 2
+        assert made.config_blocks == 2**30 // (16 * made.kv_bytes_per_token_per_chip)
+        words = " ".join(_shown(made).split())
+        assert (f"padded from 80 to 128 (attention {backend})" in words) == (width == 128)
+
+
 def test_cut_weights_add_up_to_the_whole_and_the_copies() -> None:
     eight = plan(_config(mesh={"tensor": 8}), LLAMA_8B)
     norms = (2 * 32 + 1) * 4096  # parameters that every chip holds

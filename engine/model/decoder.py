@@ -146,32 +146,53 @@ class Decoder(nnx.Module):
         self.lm_head = None if arch.tie_embeddings else Linear(rngs, shape, (EMBED, VOCAB), dtype)
 
     def __call__(
-        self, token_ids: jax.Array, kv_pool: jax.Array, ragged: Ragged, attention: Attention
+        self,
+        token_ids: jax.Array,
+        kv_pool: jax.Array,
+        ragged: Ragged,
+        attention: Attention,
+        kv_scales_L2K: jax.Array | None = None,
     ) -> tuple[jax.Array, jax.Array]:
         """Compute a ragged batch, writing its keys and values into the pool.
 
         Args:
           token_ids: int32[T].
           kv_pool: shaped by `kv_pool_shape`; donate it.
-          ragged: which sequence and position each token has.
+          ragged: which sequence and position each token has. A batch with as many tokens as
+            rows (T == S) promises one token a row, as core/batching does.
           attention: the kernels to use.
+          kv_scales_L2K: float32, of keys and of values, for a pool of 8 bits.
 
         Returns:
           Normed hidden states [T, D] in the model's dtype, and the pool.
         """
         arch = self.arch
-        work = attention.prepare(ragged, block_size=kv_pool.shape[2])
+        num_tokens, num_seqs = len(token_ids), len(ragged.kv_lens)
+        work = attention.prepare(
+            ragged,
+            block_size=kv_pool.shape[2],
+            max_query_len=1 if num_tokens == num_seqs else num_tokens,
+        )
         rope = rope_angles(ragged.positions, arch)
         num_blocks = kv_pool.shape[0] // arch.num_layers
         definition, weights = nnx.split(self.layers)
 
         def run_layer(carry, layer):
             x_TD, pool = carry
-            layer_weights, index = layer
+            layer_weights, index, kv_scales_2K = layer
             module = nnx.merge(definition, layer_weights)
 
             def attend(q, k, v, pool):
-                return attention(q, k, v, pool, work, index * num_blocks, arch.head_dim**-0.5)
+                return attention(
+                    q,
+                    k,
+                    v,
+                    pool,
+                    work,
+                    first_block=index * num_blocks,
+                    scale=arch.head_dim**-0.5,
+                    kv_scales_2K=kv_scales_2K,
+                )
 
             return module(x_TD, pool, rope, attend), None
 
@@ -179,7 +200,8 @@ class Decoder(nnx.Module):
         # sixty times would be most of the error, and it is small beside everything else.
         x_TD = self.embed(token_ids).astype(jnp.float32)
         indices = jnp.arange(arch.num_layers, dtype=jnp.int32)
-        (x_TD, kv_pool), _ = jax.lax.scan(run_layer, (x_TD, kv_pool), (weights, indices))
+        layers = (weights, indices, kv_scales_L2K)
+        (x_TD, kv_pool), _ = jax.lax.scan(run_layer, (x_TD, kv_pool), layers)
         return self.final_norm(x_TD), kv_pool
 
     def logits(self, x_SD: jax.Array) -> jax.Array:

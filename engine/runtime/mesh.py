@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import jax
 import numpy as np
 from flax import nnx
@@ -9,6 +11,7 @@ from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from engine.config import Architecture, ConfigError, MeshConfig
+from engine.memory_plan import check_split
 from engine.model.attention import TENSOR
 from engine.model.decoder import FFN, HEADS, KV_HEADS, VOCAB, Decoder, Weight
 
@@ -16,8 +19,13 @@ from engine.model.decoder import FFN, HEADS, KV_HEADS, VOCAB, Decoder, Weight
 _SPLIT = frozenset({VOCAB, HEADS, KV_HEADS, FFN})
 
 
-def make_mesh(config: MeshConfig, arch: Architecture) -> Mesh:
+def make_mesh(config: MeshConfig, arch: Architecture, devices: Sequence[jax.Device] = ()) -> Mesh:
     """The mesh of the first `config.tensor` devices.
+
+    Args:
+      config, arch: what is to be split, and how.
+      devices: to take them from, also those of a described topology; by default this
+        process's own.
 
     Raises:
       ConfigError: not enough devices, or heads that don't divide evenly among them.
@@ -27,18 +35,13 @@ def make_mesh(config: MeshConfig, arch: Architecture) -> Mesh:
             f"mesh.data is {config.data}, but one engine serves one replica so far; "
             "start one server a replica"
         )
-    devices = jax.devices()
+    devices = devices or jax.devices()
     if config.tensor > len(devices):
         raise ConfigError(
             f"mesh.tensor is {config.tensor}, but there are {len(devices)} devices "
             f"({devices[0].device_kind}); lower it or use a larger machine"
         )
-    for name in ("num_kv_heads", "vocab_size", "intermediate_size"):
-        if getattr(arch, name) % config.tensor:
-            raise ConfigError(
-                f"mesh.tensor is {config.tensor}, which doesn't divide the model's {name} "
-                f"({getattr(arch, name)})"
-            )
+    check_split(arch, config.tensor)
     return Mesh(np.array(devices[: config.tensor]), (TENSOR,), axis_types=(AxisType.Auto,))
 
 
@@ -57,6 +60,11 @@ def weight_shardings(model: Decoder, mesh: Mesh) -> dict[str, jax.ShapeDtypeStru
 def replicated(mesh: Mesh) -> NamedSharding:
     """The same on every device."""
     return NamedSharding(mesh, P())
+
+
+def kv_scales_sharding(mesh: Mesh) -> NamedSharding:
+    """The scales of an 8-bit pool, [L, 2, K], split by KV head."""
+    return NamedSharding(mesh, P(None, None, TENSOR))
 
 
 def kv_pool_sharding(mesh: Mesh) -> NamedSharding:

@@ -6,56 +6,31 @@ come to the host when `Launched.wait` asks.
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from flax import nnx
 from jax.sharding import Mesh
 
 from engine.config import Architecture
 from engine.core import batching
 from engine.model import sampler
-from engine.model.attention import Attention, Ragged, kv_pool_shape
+from engine.model.attention import Attention
 from engine.model.decoder import Decoder
-from engine.runtime.mesh import kv_pool_sharding, replicated
+from engine.runtime.mesh import kv_scales_sharding, replicated
+from engine.runtime.step import RunnerShape, Step
 from engine.types import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
-    MAX_LOGPROBS,
     Batch,
     Bucket,
     PlanRow,
     Request,
-    SamplingBatch,
     StepPlan,
     StepTokens,
     TokenLogprobs,
 )
-
-PROMPT_LOGPROB_ROWS = 16  # prompt positions whose logits are computed at a time
-
-for _cls in (Batch, SamplingBatch):
-    jax.tree_util.register_dataclass(
-        _cls, data_fields=[field.name for field in dataclasses.fields(_cls)], meta_fields=[]
-    )
-
-
-@dataclasses.dataclass(frozen=True)
-class RunnerShape:
-    """The sizes that device memory and programs are made from.
-
-    Units: blocks in the pool, tokens in a block, slots without the sink.
-    """
-
-    num_blocks: int
-    block_size: int
-    max_num_seqs: int
-    cache_dtype: Any
-    buckets: tuple[Bucket, ...]
 
 
 class Launched:
@@ -109,6 +84,7 @@ class Runner:
         mesh: Mesh,
         attention: Attention,
         shape: RunnerShape,
+        kv_scales: np.ndarray | None = None,
     ):
         """
         Args:
@@ -116,20 +92,22 @@ class Runner:
           weights: by dotted name, placed on the mesh.
           mesh, attention: where and how.
           shape: the sizes.
+          kv_scales: float32 [L, 2, K], what keys and values of an 8-bit pool are divided by.
         """
         self.arch: Architecture = model.arch
         self.shape = shape
         self.mesh = mesh
-        self._definition, _ = nnx.split(model)
         self._weights = weights
-        self._attention = attention
+        self._kv_scales = (
+            None if kv_scales is None else jax.device_put(kv_scales, kv_scales_sharding(mesh))
+        )
+        self._step = Step(model, weights, mesh, attention, shape, self._kv_scales)
         self._programs: dict[Bucket, jax.stages.Compiled] = {}
-        self._jitted_step = jax.jit(self._step, donate_argnums=(1, 2))
         self._set_slot = jax.jit(sampler.set_slot, donate_argnums=0, out_shardings=replicated(mesh))
         # Kept, so that a reset after a failure compiles nothing.
+        pool = self._step.kv_pool
         self._make_kv_pool = jax.jit(
-            lambda: jnp.zeros(self.kv_pool_shape, shape.cache_dtype),
-            out_shardings=kv_pool_sharding(mesh),
+            lambda: jnp.zeros(pool.shape, pool.dtype), out_shardings=pool.sharding
         )
         self._make_state = jax.jit(
             lambda: sampler.initial_state(shape.max_num_seqs + 1, self.arch.vocab_size),
@@ -140,13 +118,13 @@ class Runner:
     @property
     def kv_pool_shape(self) -> tuple[int, ...]:
         """Of the whole pool, over all devices."""
-        return kv_pool_shape(
-            num_layers=self.arch.num_layers,
-            num_blocks=self.shape.num_blocks,
-            num_kv_heads=self.arch.num_kv_heads,
-            block_size=self.shape.block_size,
-            head_dim=self.arch.head_dim,
-        )
+        return self._step.kv_pool.shape
+
+    @property
+    def kv_pool(self) -> jax.Array:
+        """The pool as the last step left it, to look at: the next launch donates it."""
+        assert self._kv_pool is not None  # `reset` makes one
+        return self._kv_pool
 
     @property
     def sink_slot(self) -> int:
@@ -163,9 +141,7 @@ class Runner:
     def compile(self, bucket: Bucket) -> jax.stages.Compiled:
         """The program of one bucket, compiled now and kept."""
         if bucket not in self._programs:
-            batch = batching.empty(bucket, self.sink_slot)
-            lowered = self._jitted_step.lower(self._weights, self._kv_pool, self._state, batch)
-            self._programs[bucket] = lowered.compile()
+            self._programs[bucket] = self._step.lower(bucket).compile()
         return self._programs[bucket]
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -195,7 +171,7 @@ class Runner:
 
     def _run(self, plan: StepPlan, batch: Batch) -> Launched:
         sampled, self._kv_pool, self._state = self._programs[batching.bucket_of(batch)](
-            self._weights, self._kv_pool, self._state, batch
+            self._weights, self._kv_pool, self._state, batch, self._kv_scales
         )
         return Launched(plan, sampled)
 
@@ -203,71 +179,6 @@ class Runner:
         assert row.history is not None
         state = _slot_state(row.request, row.history, self.arch.vocab_size)
         self._state = self._set_slot(self._state, np.int32(row.slot), state)
-
-    def _step(self, weights, kv_pool, state: sampler.SamplerState, batch: Batch):
-        """The whole step, traced once a bucket: decode, choose, remember."""
-        flat = {tuple(name.split(".")): value for name, value in weights.items()}
-        model = nnx.merge(self._definition, nnx.from_flat_state(flat))
-        num_seqs = batch.slots.shape[0]
-        slots_T = batch.slots[jnp.minimum(batch.token_rows, num_seqs - 1)]
-        last_T = state.recent[slots_T, -1]
-        token_ids = jnp.where(batch.token_ids < 0, last_T, batch.token_ids)
-        token_ids = jnp.maximum(token_ids, 0)
-        ragged = Ragged(
-            batch.token_rows,
-            batch.positions,
-            batch.query_starts,
-            batch.kv_lens,
-            batch.block_tables,
-        )
-        hidden_TD, kv_pool = model(token_ids, kv_pool, ragged, self._attention)
-        last = jnp.maximum(batch.query_starts[1:] - 1, 0)
-        logits_SV = model.logits(hidden_TD[last])
-        sampled, state = sampler.sample(
-            logits_SV, batch.slots, batch.samples, batch.sampling, state
-        )
-        sampled = _add_prompt_logprobs(model, hidden_TD, batch.sampling, sampled)
-        return sampled, kv_pool, state
-
-
-def _add_prompt_logprobs(
-    model: Decoder, hidden_TD: jax.Array, batch: SamplingBatch, sampled: sampler.Sampled
-) -> sampler.Sampled:
-    """Log-probabilities of prompt tokens, a few positions at a time; free if nobody asked."""
-    num_tokens = hidden_TD.shape[0]
-    rows = min(PROMPT_LOGPROB_ROWS, num_tokens)
-    padding = -num_tokens % rows
-    indices = jnp.pad(batch.prompt_indices, (0, padding))
-    targets = jnp.pad(batch.prompt_targets, (0, padding))
-
-    def some_rows(step, out):
-        start = step * rows
-        index = jax.lax.dynamic_slice_in_dim(indices, start, rows)
-        target = jax.lax.dynamic_slice_in_dim(targets, start, rows)
-        new = sampler.token_logprobs(model.logits(hidden_TD[index]), target)
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(array, part, start, 0)
-            for array, part in zip(out, new, strict=True)
-        )
-
-    out = (
-        jnp.zeros(num_tokens + padding, jnp.float32),
-        jnp.zeros((num_tokens + padding, MAX_LOGPROBS), jnp.int32),
-        jnp.zeros((num_tokens + padding, MAX_LOGPROBS), jnp.float32),
-    )
-    steps = -(-batch.num_prompt_logprobs // rows)
-    # The condition keeps XLA from moving the logits in front of the loop; see sampler.sample.
-    chosen, top_ids, top = jax.lax.cond(
-        steps > 0,
-        lambda out: jax.lax.fori_loop(0, steps, some_rows, out),
-        lambda out: out,
-        out,
-    )
-    return sampled._replace(
-        prompt_logprobs=chosen[:num_tokens],
-        prompt_top_ids=top_ids[:num_tokens],
-        prompt_top_logprobs=top[:num_tokens],
-    )
 
 
 def _slot_state(

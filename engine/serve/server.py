@@ -29,7 +29,7 @@ from engine.serve.errors import ErrorInterceptor
 from engine.serve.service import SERVICE_NAME, GenerationService
 
 if TYPE_CHECKING:
-    from engine.frontend import Engine
+    from engine.frontend import Engine, ModelInfo
 
 log = logging.getLogger("octavo.serve")
 
@@ -164,7 +164,7 @@ def serve(config: ServerConfig, load: Callable[[], Engine], grace: float = GRACE
             cleanup.callback(engine.close)
             cleanup.callback(lambda: run(server.stop()))  # before the engine closes
             run(server.set_engine(engine))
-            print(_ready_line(engine.model_info().name, server.address), flush=True)
+            print(_ready_line(engine.model_info(), server.address), flush=True)
             if _wait_for_signal(lambda: engine.is_alive):
                 return 0
             log.error(
@@ -262,11 +262,12 @@ def _join(host: str, port: int) -> str:
     return f"[{host}]:{port}" if ":" in host else f"{host}:{port}"
 
 
-def _ready_line(model: str, address: str) -> str:
+def _ready_line(model: ModelInfo, address: str) -> str:
     """One line, with a command that works as it stands."""
     where = "" if address == _join(_DEFAULT.host, _DEFAULT.port) else f"--address {address} "
     command = f'{_octavo_command()} chat {where}-m "Hello"'
-    return f"Octavo is ready: {model} on {address}. Talk to it: {command}"
+    what = f"{model.name} (attention: {model.attention})"
+    return f"Octavo is ready: {what} on {address}. Talk to it: {command}"
 
 
 def _octavo_command() -> str:

@@ -11,7 +11,7 @@ from engine.weights.checkpoint import (
     open_checkpoint,
 )
 from engine.weights.convert import convert
-from engine.weights.load import load_params
+from engine.weights.load import load_params, with_kv_copies
 from engine.weights.native import save
 
 __all__ = [
@@ -22,4 +22,5 @@ __all__ = [
     "native_shapes",
     "open_checkpoint",
     "save",
+    "with_kv_copies",
 ]

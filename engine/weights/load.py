@@ -6,13 +6,21 @@ stays near one stacked tensor whatever the size of the model.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from engine.weights.checkpoint import Checkpoint, WeightsError, is_stacked, native_shapes
+from engine.config import Architecture
+from engine.weights.checkpoint import (
+    Checkpoint,
+    Index,
+    WeightsError,
+    is_stacked,
+    native_shapes,
+)
 
 if TYPE_CHECKING:
     import jax
@@ -28,6 +36,8 @@ def load_params(
     checkpoint: Checkpoint,
     abstract: Mapping[str, jax.ShapeDtypeStruct],
     progress: Progress | None = None,
+    *,
+    kv_copies: int = 1,
 ) -> dict[str, jax.Array]:
     """Load every parameter into its place.
 
@@ -38,6 +48,8 @@ def load_params(
         `native_shapes(checkpoint.architecture)`, no more and no fewer.
       progress: called after each parameter with the bytes loaded and the bytes in all, both
         in the wanted dtypes and over all shards.
+      kv_copies: how often each KV head stands in `abstract`, one copy beside the other, so
+        that more chips than KV heads can each hold one.
 
     Returns:
       The same names with arrays. Values are cast from what the file holds to the wanted dtype
@@ -46,26 +58,28 @@ def load_params(
     Raises:
       WeightsError: names or shapes differ from the checkpoint's, or a file can't be read.
     """
-    check_abstract(checkpoint, abstract)
+    check_abstract(checkpoint, abstract, kv_copies)
     from engine.weights.native import NativeCheckpoint
 
     if isinstance(checkpoint, NativeCheckpoint):
-        return checkpoint.restore(abstract, progress)
+        return checkpoint.restore(abstract, progress, kv_copies)
     total = sum(num_bytes(wanted) for wanted in abstract.values())
     params: dict[str, jax.Array] = {}
     done = 0
     for name, wanted in abstract.items():
-        params[name] = _load_one(checkpoint, name, wanted)
+        params[name] = _load_one(checkpoint, name, wanted, kv_copies)
         done += num_bytes(wanted)
         if progress is not None:
             progress(done, total)
     return params
 
 
-def check_abstract(checkpoint: Checkpoint, abstract: Mapping[str, jax.ShapeDtypeStruct]) -> None:
+def check_abstract(
+    checkpoint: Checkpoint, abstract: Mapping[str, jax.ShapeDtypeStruct], kv_copies: int = 1
+) -> None:
     """Raise WeightsError unless names and shapes are those of the checkpoint."""
     file = f"{checkpoint.format} checkpoint"
-    shapes = native_shapes(checkpoint.architecture)
+    shapes = native_shapes(with_kv_copies(checkpoint.architecture, kv_copies))
     if missing := sorted(abstract.keys() - shapes.keys()):
         raise WeightsError(
             file,
@@ -86,6 +100,63 @@ def check_abstract(checkpoint: Checkpoint, abstract: Mapping[str, jax.ShapeDtype
             )
 
 
+def with_kv_copies(arch: Architecture, copies: int) -> Architecture:
+    """The same model, each of its KV heads `copies` times: it computes the same.
+
+    Query heads keep their order: those that shared a KV head share its copies.
+    """
+    return dataclasses.replace(arch, num_kv_heads=arch.num_kv_heads * copies)
+
+
+def repeats_heads(name: str, kv_copies: int) -> bool:
+    """Whether a native parameter's last axis has the copies of the KV heads."""
+    return kv_copies > 1 and name.startswith(("layers.k_proj.", "layers.v_proj."))
+
+
+def read_repeated(
+    read: Callable[[Index], np.ndarray], index: Index, head_dim: int, copies: int
+) -> np.ndarray:
+    """Read a part of a parameter whose last axis is to hold each head `copies` times.
+
+    Args:
+      read: gives a part of the parameter as it is stored.
+      index: which part of the repeated parameter; its slices have no steps.
+      head_dim: entries of a head on the last axis.
+      copies: how often each head is repeated, one copy beside the other.
+    """
+    *rest, columns = index
+    first, last = columns.start // (head_dim * copies), -(-columns.stop // (head_dim * copies))
+    values = read((*rest, slice(first * head_dim, last * head_dim)))
+    heads = values.reshape(*values.shape[:-1], last - first, head_dim)
+    repeated = np.repeat(heads, copies, axis=-2).reshape(*values.shape[:-1], -1)
+    start = columns.start - first * head_dim * copies
+    return repeated[..., start : start + columns.stop - columns.start]
+
+
+def from_shards(wanted: jax.ShapeDtypeStruct, read: Callable[[Index], np.ndarray]) -> jax.Array:
+    """An array in its place, of parts that are read one by one.
+
+    Args:
+      wanted: shape, dtype and sharding.
+      read: gives a part in the wanted dtype; the slices are plain, without steps.
+    """
+    import jax
+
+    # Replicas of a shard share one host array, which goes when the parameter is placed.
+    shards: dict[Index, np.ndarray] = {}
+
+    def shard(given: Index | None) -> np.ndarray:
+        parts = given or (slice(None),) * len(wanted.shape)
+        index = tuple(
+            slice(*part.indices(size)) for part, size in zip(parts, wanted.shape, strict=True)
+        )
+        if index not in shards:
+            shards[index] = read(index)
+        return shards[index]
+
+    return jax.make_array_from_callback(tuple(wanted.shape), placement(wanted), shard)
+
+
 def num_bytes(wanted: jax.ShapeDtypeStruct) -> int:
     """Bytes of the whole array, not counting replicas."""
     return wanted.size * np.dtype(wanted.dtype).itemsize
@@ -98,31 +169,26 @@ def placement(wanted: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
     return wanted.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def _load_one(checkpoint: Checkpoint, name: str, wanted: jax.ShapeDtypeStruct) -> jax.Array:
-    import jax
-
-    # Replicas of a shard share one host array, which goes when the parameter is placed.
-    shards: dict[tuple[slice, ...], np.ndarray] = {}
-
-    def shard(given: tuple[slice, ...] | None) -> np.ndarray:
-        parts = given or (slice(None),) * len(wanted.shape)
-        index = tuple(
-            slice(*part.indices(size)) for part, size in zip(parts, wanted.shape, strict=True)
-        )
-        if index not in shards:
-            shards[index] = _read_shard(checkpoint, name, index, np.dtype(wanted.dtype))
-        return shards[index]
-
-    return jax.make_array_from_callback(tuple(wanted.shape), placement(wanted), shard)
+def _load_one(
+    checkpoint: Checkpoint, name: str, wanted: jax.ShapeDtypeStruct, kv_copies: int
+) -> jax.Array:
+    dtype = np.dtype(wanted.dtype)
+    return from_shards(wanted, lambda index: _read_shard(checkpoint, name, index, dtype, kv_copies))
 
 
 def _read_shard(
-    checkpoint: Checkpoint, name: str, index: tuple[slice, ...], dtype: np.dtype
+    checkpoint: Checkpoint, name: str, index: Index, dtype: np.dtype, kv_copies: int
 ) -> np.ndarray:
     """Read and cast the part of a parameter that one device holds."""
+    head_dim = checkpoint.architecture.head_dim
 
-    def read(layer: int | None, part: tuple[slice, ...]) -> np.ndarray:
-        values = checkpoint.read(name, layer, part)
+    def read(layer: int | None, part: Index) -> np.ndarray:
+        if repeats_heads(name, kv_copies):
+            values = read_repeated(
+                lambda stored: checkpoint.read(name, layer, stored), part, head_dim, kv_copies
+            )
+        else:
+            values = checkpoint.read(name, layer, part)
         with np.errstate(all="ignore"):  # a value too large for bfloat16 becomes infinite
             # Kept in the file's order: transposing is cheaper after the cast has halved it.
             return values.astype(dtype, order="K", copy=False)

@@ -28,7 +28,15 @@ from engine.weights.checkpoint import (
     native_shapes,
 )
 from engine.weights.hf_config import read_json, read_token_ids
-from engine.weights.load import Progress, check_abstract, num_bytes, placement
+from engine.weights.load import (
+    Progress,
+    check_abstract,
+    from_shards,
+    num_bytes,
+    placement,
+    read_repeated,
+    repeats_heads,
+)
 
 if TYPE_CHECKING:
     import jax
@@ -80,20 +88,39 @@ class NativeCheckpoint:
         return values if index is None else values[index]
 
     def restore(
-        self, abstract: Mapping[str, jax.ShapeDtypeStruct], progress: Progress | None = None
+        self,
+        abstract: Mapping[str, jax.ShapeDtypeStruct],
+        progress: Progress | None = None,
+        kv_copies: int = 1,
     ) -> dict[str, jax.Array]:
         """Restore all parameters in the wanted shardings and dtypes; see `load_params`."""
-        check_abstract(self, abstract)
+        check_abstract(self, abstract, kv_copies)
         import jax
 
         total = sum(num_bytes(wanted) for wanted in abstract.values())
         if progress is not None:
             progress(0, total)
+        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        shapes = native_shapes(self.architecture)
         placed = {
-            name: jax.ShapeDtypeStruct(wanted.shape, wanted.dtype, sharding=placement(wanted))
+            name: jax.ShapeDtypeStruct(
+                shapes[name],
+                wanted.dtype,
+                # Heads are repeated on the host, where there is room, and placed from there.
+                sharding=host if repeats_heads(name, kv_copies) else placement(wanted),
+            )
             for name, wanted in abstract.items()
         }
         params = self._load(placed)
+        for name in filter(lambda name: repeats_heads(name, kv_copies), abstract):
+            stored = np.asarray(params[name])
+            read = functools.partial(
+                read_repeated,
+                stored.__getitem__,
+                head_dim=self.architecture.head_dim,
+                copies=kv_copies,
+            )
+            params[name] = from_shards(abstract[name], read)
         if progress is not None:
             progress(total, total)
         return params

@@ -1,10 +1,17 @@
-"""The arguments that all backends share: the pool's shape and the ragged batch."""
+"""What all backends share: the pool's shape, the ragged batch, and a call's options.
+
+Nothing here computes attention, so that a mistake in one backend can't hide in another.
+"""
 
 from __future__ import annotations
 
-from typing import NamedTuple
+import dataclasses
+from typing import Any, Literal, NamedTuple
 
 import jax
+import jax.numpy as jnp
+
+Backend = Literal["tpu", "gpu", "xla", "reference"]
 
 
 class Ragged(NamedTuple):
@@ -22,8 +29,76 @@ class Ragged(NamedTuple):
     block_tables: jax.Array  # int32[S, P]: blocks of one layer
 
 
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Options:
+    """What `attend` needs beside the batch's arrays; see `paged_attention` for the meanings.
+
+    Scores are `softcap`-ed (scale * k_scales * q·k), masked, and join `sinks` in the softmax;
+    the output is v_scales * (weights · v). All of it is float32.
+    """
+
+    scale: float
+    window: jax.Array | int | None = None  # int32[]: positions a token sees, its own included
+    softcap: float | None = None
+    sinks: jax.Array | None = None  # float32[N]
+    k_scales: jax.Array | None = None  # float32[K]
+    v_scales: jax.Array | None = None  # float32[K]
+    interpret: Any = False  # False, True or an interpreter's parameters; tpu and gpu only
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class Shape:
+    """A model's attention on one device: what `check_supported` judges before anything runs.
+
+    Heads are those of one device, where they are split over several. Dtypes are NumPy names.
+    """
+
+    num_heads: int
+    num_kv_heads: int
+    head_dim: int
+    block_size: int  # tokens
+    dtype: str  # of queries and output
+    cache_dtype: str  # of the pool
+    window: bool = False
+    softcap: bool = False
+    sinks: bool = False
+
+
+def head_width(head_dim: int, backend: Backend) -> int:
+    """Elements that a head's keys (and values) take in the pool: `head_dim`, padded.
+
+    A TPU moves 128 lanes: keys beside values fill them at 64, and above 64 each of the two
+    starts at a whole tile. Hopper's matrix units and its 128-byte swizzle take 64 at a time.
+    """
+    if backend == "tpu":
+        return 64 if head_dim <= 64 else _round_up(head_dim, 128)
+    if backend == "gpu":
+        return _round_up(head_dim, 64)
+    return head_dim
+
+
 def kv_pool_shape(
-    *, num_layers: int, num_blocks: int, num_kv_heads: int, block_size: int, head_dim: int
+    *,
+    num_layers: int,
+    num_blocks: int,
+    num_kv_heads: int,
+    block_size: int,
+    head_dim: int,
+    backend: Backend = "xla",
 ) -> tuple[int, int, int, int]:
-    """Shape of the flat pool that holds every layer's blocks."""
-    return (num_layers * num_blocks, num_kv_heads, block_size, 2 * head_dim)
+    """Shape of the flat pool that holds every layer's blocks, as wide as `backend` wants it."""
+    width = 2 * head_width(head_dim, backend)
+    return (num_layers * num_blocks, num_kv_heads, block_size, width)
+
+
+def product_dtype(cache_dtype: Any) -> jnp.dtype:
+    """The dtype that matrix products take: the pool's, or bfloat16, which holds every 8-bit value.
+
+    Products of float32 need precision HIGHEST; all accumulate in float32.
+    """
+    dtype = jnp.dtype(cache_dtype)
+    return dtype if dtype.itemsize > 1 else jnp.dtype(jnp.bfloat16)
+
+
+def _round_up(number: int, multiple: int) -> int:
+    return -(-number // multiple) * multiple

@@ -8,12 +8,17 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.layout import Ragged
+from pallas_kernels.paged_attention.layout import Options, Ragged, Shape
 
 
-def prepare(ragged: Ragged, *, block_size: int) -> Ragged:
+def unsupported(shape: Shape, device_kind: str) -> str | None:
+    """Every combination that `check_supported` lets through runs on any device."""
+    del shape, device_kind
+
+
+def prepare(ragged: Ragged, *, block_size: int, max_query_len: int) -> Ragged:
     """Nothing to derive: the oracle reads the batch as it is."""
-    del block_size
+    del block_size, max_query_len
     return ragged
 
 
@@ -23,7 +28,7 @@ def attend(
     kv_pool: jax.Array,
     ragged: Ragged,
     first_block: jax.Array,
-    scale: float,
+    options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention.paged_attention`."""
     num_seqs, num_blocks = ragged.block_tables.shape
@@ -40,16 +45,30 @@ def attend(
     context = context.transpose(0, 2, 1, 3, 4).astype(jnp.float32)
     context = context.reshape(num_tokens, num_kv_heads, num_blocks * block_size, 2 * head_dim)
     # Blocks that nobody wrote may hold NaN, and 0 * NaN is NaN.
-    visible = jnp.arange(num_blocks * block_size)[None] <= ragged.positions[:, None]  # [T, C]
+    age = ragged.positions[:, None] - jnp.arange(num_blocks * block_size)[None]  # [T, C]
+    visible = age >= 0
+    if options.window is not None:
+        visible &= age < options.window
     context = jnp.where(visible[:, None, :, None], context, 0.0)
     keys, values = context[..., :head_dim], context[..., head_dim:]
 
     group = num_heads // num_kv_heads
     queries = q.astype(jnp.float32).reshape(num_tokens, num_kv_heads, group, head_dim)
     highest = jax.lax.Precision.HIGHEST
-    scores = jnp.einsum("tkgh,tkch->tkgc", queries, keys, precision=highest) * scale
+    if options.k_scales is not None:
+        keys = keys * options.k_scales[None, :, None, None]
+    if options.v_scales is not None:
+        values = values * options.v_scales[None, :, None, None]
+
+    scores = jnp.einsum("tkgh,tkch->tkgc", queries, keys, precision=highest) * options.scale
+    if options.softcap is not None:
+        scores = options.softcap * jnp.tanh(scores / options.softcap)
     scores = jnp.where(visible[:, None, None], scores, -jnp.inf)
-    weights = jax.nn.softmax(scores, axis=-1)
+    if options.sinks is not None:  # one more column, which has no value
+        sinks = options.sinks.reshape(1, num_kv_heads, group, 1)
+        sinks = jnp.broadcast_to(sinks, (*scores.shape[:-1], 1))
+        scores = jnp.concatenate((scores, sinks), axis=-1)
+    weights = jax.nn.softmax(scores, axis=-1)[..., : num_blocks * block_size]
     out = jnp.einsum("tkgc,tkch->tkgh", weights, values, precision=highest)
     out = out.reshape(num_tokens, num_heads, head_dim)
     return jnp.where(is_real[:, None, None], out, 0.0).astype(q.dtype), kv_pool

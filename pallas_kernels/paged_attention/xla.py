@@ -1,8 +1,9 @@
 """Paged attention in plain XLA, for any device: block by block with an online softmax.
 
 Work is proportional to live context, not to padding: rows with one token are sorted by
-length and go through in groups, longer rows in tiles of queries, and every loop ends where
-its longest context does. Only one chunk of blocks is ever gathered at a time.
+length and go through in groups, longer rows in tiles of queries, and every loop starts where
+its window does and ends where its longest context does. Only one chunk of blocks is ever
+gathered at a time.
 """
 
 from __future__ import annotations
@@ -13,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.layout import Ragged
+from pallas_kernels.paged_attention.layout import Options, Ragged, Shape, product_dtype
 
 DECODE_GROUP = 16  # rows of one token that go through together
 DECODE_CHUNK = 256  # context tokens gathered at a time for each of them
@@ -23,7 +24,10 @@ _MASKED = -1e30  # finite, so that a row that sees nothing yet makes no NaN
 
 
 class Work(NamedTuple):
-    """A batch sorted into groups and tiles. G, M: static numbers of groups and tiles."""
+    """A batch sorted into groups and tiles. G, M: static numbers of groups and tiles.
+
+    A batch of which one token a row is promised has no tiles: M is 0.
+    """
 
     write_blocks: jax.Array  # int32[T]: block of one layer, negative at padded tokens
     write_offsets: jax.Array  # int32[T]: position in it
@@ -36,7 +40,12 @@ class Work(NamedTuple):
     ragged: Ragged
 
 
-def prepare(ragged: Ragged, *, block_size: int) -> Work:
+def unsupported(shape: Shape, device_kind: str) -> str | None:
+    """Every combination that `check_supported` lets through runs on any device."""
+    del shape, device_kind
+
+
+def prepare(ragged: Ragged, *, block_size: int, max_query_len: int) -> Work:
     """Sort a batch into groups of decodes and tiles of prompts."""
     num_seqs, num_blocks = ragged.block_tables.shape
     num_tokens = ragged.positions.shape[0]
@@ -52,7 +61,7 @@ def prepare(ragged: Ragged, *, block_size: int) -> Work:
     num_decodes = jnp.sum(query_lens == 1)
 
     tile = min(QUERY_TILE, num_tokens)
-    max_tiles = num_tokens // tile + min(num_seqs, num_tokens // 2)
+    max_tiles = num_tokens // tile + min(num_seqs, num_tokens // 2) if max_query_len > 1 else 0
     tiles = jnp.where(query_lens > 1, -(-query_lens // tile), 0)
     tile_stops = jnp.cumsum(tiles)
     index = jnp.arange(max_tiles)
@@ -82,7 +91,7 @@ def attend(
     kv_pool: jax.Array,
     work: Work,
     first_block: jax.Array,
-    scale: float,
+    options: Options,
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.paged_attention.paged_attention`."""
     num_tokens, num_heads, head_dim = q.shape
@@ -91,42 +100,51 @@ def attend(
     kv_pool = kv_pool.at[block, :, work.write_offsets].set(kv_new, mode="drop")
 
     # Zeros where the values lie: scores then read keys and values as one contiguous piece.
-    queries = q.astype(kv_pool.dtype).reshape(num_tokens, num_kv_heads, -1, head_dim)
+    queries = q.astype(product_dtype(kv_pool.dtype))
+    queries = queries.reshape(num_tokens, num_kv_heads, -1, head_dim)
     queries = jnp.concatenate((queries, jnp.zeros_like(queries)), axis=-1)  # [T, K, Q, 2H]
     out = jnp.zeros((num_tokens, num_kv_heads, num_heads // num_kv_heads, head_dim), q.dtype)
-    out = _attend_decodes(queries, kv_pool, work, first_block, scale, out)
-    if num_tokens > 1:
-        out = _attend_tiles(queries, kv_pool, work, first_block, scale, out)
+    out = _attend_decodes(queries, kv_pool, work, first_block, options, out)
+    if work.tile_rows.shape[0]:
+        out = _attend_tiles(queries, kv_pool, work, first_block, options, out)
     return out.reshape(q.shape), kv_pool
 
 
-def _attend_decodes(queries, kv_pool, work: Work, first_block, scale, out):
+def _attend_decodes(queries, kv_pool, work: Work, first_block, options: Options, out):
     """All rows of one token, `DECODE_GROUP` at a time, the longest contexts first."""
     block_size = kv_pool.shape[2]
     num_blocks = work.ragged.block_tables.shape[1]
     group = min(DECODE_GROUP, work.ragged.kv_lens.shape[0])
     chunk_blocks = _blocks_a_chunk(DECODE_CHUNK, block_size, num_blocks)
     chunk = chunk_blocks * block_size
+    cut = jax.vmap(lambda table, start: jax.lax.dynamic_slice_in_dim(table, start, chunk_blocks))
 
     def attend_group(index, out):
         rows = jax.lax.dynamic_slice_in_dim(work.decode_rows, index * group, group)
         lens = jax.lax.dynamic_slice_in_dim(work.decode_lens, index * group, group)
         tokens = work.ragged.query_starts[rows]
         tables = work.ragged.block_tables[rows]  # [group, P]
+        start = _window_start(lens, options)
+        first_chunk = start // chunk  # each row's own: windows of a group begin far apart
 
         def context(step):
-            blocks = jax.lax.dynamic_slice_in_dim(tables, step * chunk_blocks, chunk_blocks, 1)
-            visible = step * chunk + jnp.arange(chunk)[None] < lens[:, None]
+            chunks = first_chunk + step
+            blocks = cut(tables, chunks * chunk_blocks)
+            positions = chunks[:, None] * chunk + jnp.arange(chunk)[None]
+            visible = positions < lens[:, None]
+            if options.window is not None:
+                visible &= positions >= start[:, None]
             return _gather(kv_pool, first_block + blocks), visible[:, None, None]
 
-        result = _online_softmax(queries[tokens], context, scale, -(-lens[0] // chunk))
+        num_chunks = jnp.max(-(-lens // chunk) - first_chunk)
+        result = _online_softmax(queries[tokens], context, options, num_chunks)
         tokens = jnp.where(lens > 0, tokens, out.shape[0])
         return out.at[tokens].set(result.astype(out.dtype), mode="drop")
 
     return jax.lax.fori_loop(0, work.num_groups, attend_group, out)
 
 
-def _attend_tiles(queries, kv_pool, work: Work, first_block, scale, out):
+def _attend_tiles(queries, kv_pool, work: Work, first_block, options: Options, out):
     """All rows of several tokens, `QUERY_TILE` tokens at a time."""
     num_tokens, num_kv_heads, group, width = queries.shape
     block_size = kv_pool.shape[2]
@@ -141,11 +159,17 @@ def _attend_tiles(queries, kv_pool, work: Work, first_block, scale, out):
         is_real = tokens < ragged.query_starts[row + 1]
         tokens = jnp.minimum(tokens, num_tokens - 1)
         seen = jnp.where(is_real, ragged.positions[tokens], -1)  # the last position each sees
+        start = _window_start(seen + 1, options)  # and the first
         table = jax.lax.dynamic_index_in_dim(ragged.block_tables, row, keepdims=False)
+        first_chunk = start[0] // chunk  # the first token of a tile is real, and sees furthest
 
         def context(step):
-            blocks = jax.lax.dynamic_slice_in_dim(table, step * chunk_blocks, chunk_blocks)
-            visible = step * chunk + jnp.arange(chunk)[None] <= seen[:, None]  # [tile, C]
+            index = first_chunk + step
+            blocks = jax.lax.dynamic_slice_in_dim(table, index * chunk_blocks, chunk_blocks)
+            positions = index * chunk + jnp.arange(chunk)[None]
+            visible = positions <= seen[:, None]  # [tile, C]
+            if options.window is not None:
+                visible &= positions >= start[:, None]
             visible = jnp.broadcast_to(visible[:, None], (tile, group, chunk))
             return (
                 _gather(kv_pool, first_block + blocks),
@@ -154,7 +178,8 @@ def _attend_tiles(queries, kv_pool, work: Work, first_block, scale, out):
 
         tile_queries = queries[tokens].transpose(1, 0, 2, 3)
         tile_queries = tile_queries.reshape(num_kv_heads, tile * group, width)
-        result = _online_softmax(tile_queries, context, scale, jnp.max(seen) // chunk + 1)
+        num_chunks = jnp.max(seen) // chunk + 1 - first_chunk
+        result = _online_softmax(tile_queries, context, options, num_chunks)
         result = result.reshape(num_kv_heads, tile, group, -1).transpose(1, 0, 2, 3)
         tokens = jnp.where(is_real, tokens, num_tokens)
         return out.at[tokens].set(result.astype(out.dtype), mode="drop")
@@ -162,21 +187,30 @@ def _attend_tiles(queries, kv_pool, work: Work, first_block, scale, out):
     return jax.lax.fori_loop(0, work.num_tiles, attend_tile, out)
 
 
-def _online_softmax(queries, context, scale, num_steps):
+def _window_start(lens: jax.Array, options: Options) -> jax.Array:
+    """The first position that the last of `lens` positions sees."""
+    if options.window is None:
+        return jnp.zeros_like(lens)
+    return jnp.maximum(lens - options.window, 0)
+
+
+def _online_softmax(queries, context, options: Options, num_steps):
     """Attention over a context that comes chunk by chunk (Milakov & Gimelshein, 2018).
 
-    Products take the pool's dtype; scores, softmax and sums are float32.
+    Products take the queries' dtype; scores, softmax and sums are float32.
 
     Args:
-      queries: [..., Q, 2H], zero in the values' half.
-      context: step -> ([..., C, 2H], bool[..., Q or 1, C] which of it each query sees).
-      scale: factor of the scores.
+      queries: [..., K, Q, 2H], zero in the values' half. Where Q is several tokens' heads, a
+        token's heads lie together.
+      context: step -> ([..., K, C, 2H], bool[..., 1, Q or 1, C] which of it each query sees).
+      options: what happens to the scores.
       num_steps: int32[], how many chunks there are.
 
     Returns:
-      float32[..., Q, H].
+      float32[..., K, Q, H].
     """
     *lead, width = queries.shape
+    num_kv_heads, num_queries = lead[-2:]
     rank = len(lead)
     batch = tuple(range(rank - 1))
     dot = functools.partial(
@@ -185,12 +219,22 @@ def _online_softmax(queries, context, scale, num_steps):
         preferred_element_type=jnp.float32,
     )
 
+    def by_kv_head(scales):
+        return scales.reshape((1,) * (rank - 2) + (num_kv_heads, 1, 1))
+
+    scale = options.scale
+    if options.k_scales is not None:
+        scale = by_kv_head(options.k_scales) * scale
+
     def step(index, carry):
         top, total, acc = carry
         kv, visible = context(index)
+        kv = kv.astype(queries.dtype)
         # Blocks that nobody wrote may hold NaN, and 0 * NaN is NaN.
         kv = jnp.where(jnp.any(visible, axis=-2)[..., None], kv, jnp.zeros((), kv.dtype))
         scores = dot(queries, kv, (((rank,), (rank,)), (batch, batch))) * scale
+        if options.softcap is not None:
+            scores = options.softcap * jnp.tanh(scores / options.softcap)
         scores = jnp.where(visible, scores, _MASKED)
         new_top = jnp.maximum(top, jnp.max(scores, axis=-1, keepdims=True))
         weights = jnp.where(visible, jnp.exp(scores - new_top), 0.0)
@@ -199,11 +243,18 @@ def _online_softmax(queries, context, scale, num_steps):
         new = dot(weights.astype(kv.dtype), kv, (((rank,), (rank - 1,)), (batch, batch)))
         return new_top, total, acc * shrink + new
 
-    top = jnp.full((*lead, 1), _MASKED, jnp.float32)
-    zero = jnp.zeros((*lead, 1), jnp.float32)
+    if options.sinks is None:
+        top = jnp.full((*lead, 1), _MASKED, jnp.float32)
+        total = jnp.zeros((*lead, 1), jnp.float32)
+    else:  # as if the sink had been seen already: a weight of one, and no value
+        sinks = options.sinks.reshape((1,) * (rank - 2) + (num_kv_heads, 1, -1))
+        repeats = num_queries // sinks.shape[-1]
+        top = jnp.broadcast_to(sinks, (*lead[:-1], repeats, sinks.shape[-1])).reshape(*lead, 1)
+        total = jnp.ones((*lead, 1), jnp.float32)
     acc = jnp.zeros((*lead, width), jnp.float32)
-    _, total, acc = jax.lax.fori_loop(0, num_steps, step, (top, zero, acc))
-    return acc[..., width // 2 :] / jnp.maximum(total, 1e-30)
+    _, total, acc = jax.lax.fori_loop(0, num_steps, step, (top, total, acc))
+    out = acc[..., width // 2 :] / jnp.maximum(total, 1e-30)
+    return out if options.v_scales is None else out * by_kv_head(options.v_scales)
 
 
 def _gather(kv_pool: jax.Array, blocks: jax.Array) -> jax.Array:

@@ -15,6 +15,8 @@ import numpy as np
 from engine.config import Architecture
 
 Rounding = Callable[[np.ndarray], np.ndarray]
+# What a cache makes of keys or values [positions, K, H]: (layer, "k" or "v", them) -> them.
+Holding = Callable[[int, str, np.ndarray], np.ndarray]
 
 
 def exact(array: np.ndarray) -> np.ndarray:
@@ -32,10 +34,12 @@ def forward(
     params: Mapping[str, np.ndarray],
     token_ids: np.ndarray,
     rounded: Rounding = exact,
+    held: Holding = lambda layer, kind, x: x,
 ) -> np.ndarray:
     """Logits float32[positions, V] of one sequence, for Llama without rope scaling.
 
-    `params` are native parameters, rounded already.
+    `params` are native parameters, rounded already. Attention reads keys and values as `held`
+    gives them back.
     """
     length, group = len(token_ids), arch.num_heads // arch.num_kv_heads
     half = arch.head_dim // 2
@@ -63,6 +67,7 @@ def forward(
             linear(hidden, name).reshape(length, -1, arch.head_dim) for name in ("q", "k", "v")
         )
         q, k = rotate(q), rotate(k)
+        k, v = held(layer, "k", k), held(layer, "v", v)
         attended = np.empty_like(q)
         for head in range(arch.num_heads):
             keys, values = k[:, head // group], v[:, head // group]

@@ -10,27 +10,26 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
-from safetensors.numpy import load_file
 
 from engine.config import Backend
 from engine.model.attention import Attention, Ragged, kv_pool_shape
 from engine.model.decoder import Decoder
 from engine.weights import convert, open_checkpoint
 from tests.conftest import DATA, TINY_MODELS
-from tests.engines import Result, load_decoder, make_request, small_engine
-from tests.weights.checkpoints import read_folder, write_gguf
+from tests.engines import load_decoder, make_request, small_engine
+from tests.model.goldens import GOLDEN_TOLERANCE, golden, through_engine
+from tests.weights.checkpoints import (
+    LLAMA,
+    random_tensors,
+    read_folder,
+    write_folder,
+    write_gguf,
+)
 
 BLOCK_SIZE = 8
-# Two float32 forwards that sum in different orders; the logits are of size ten.
-GOLDEN_TOLERANCE = 2e-4
 # The same program but for the order of some sums: a few units in the last place of ten.
 BACKEND_TOLERANCE = 2e-5
 BACKENDS: tuple[Backend, ...] = ("xla", "reference")
-
-
-@functools.cache
-def golden(name: str) -> dict[str, np.ndarray]:
-    return load_file(DATA / "tiny" / name / "reference.safetensors")
 
 
 @pytest.fixture(scope="module")
@@ -97,29 +96,6 @@ def forward(
     return np.concatenate(parts, axis=1)
 
 
-def through_engine(source: Path, name: str, **options) -> tuple[np.ndarray, list[Result]]:
-    """The golden sequences through scheduler and runner, and the greedy prompt beside them.
-
-    Returns log-probabilities [2, 48, 20] of the likeliest tokens after each position of the
-    two sequences, as dense rows over the vocabulary with NaN elsewhere, and the results.
-    """
-    reference = golden(name)
-    engine = small_engine(source, **options)
-    requests = [
-        make_request(f"row {i}", ids, 1, logprobs=20, prompt_logprobs=20)
-        for i, ids in enumerate(reference["input_ids"])
-    ]
-    requests.append(make_request("greedy", reference["greedy_prompt"], 24))
-    results = list(engine.run(requests).values())
-    dense = np.full(reference["logits"].shape, np.nan, np.float32)
-    for row, result in enumerate(results[:2]):
-        for position, entry in enumerate(result.prompt_logprobs + result.logprobs):
-            for token, logprob in (*entry.top, (entry.token_id, entry.logprob)):
-                dense[row, position, token] = logprob
-    assert (np.isfinite(dense).sum(axis=-1) >= 20).all()
-    return dense, results
-
-
 @pytest.mark.parametrize("name", TINY_MODELS)
 def test_every_logit_is_the_references_by_every_backend_from_every_format(
     name: str, sources
@@ -179,7 +155,46 @@ def test_two_devices_equal_one(name: str) -> None:
     source = DATA / "tiny" / name
     one, alone = through_engine(source, name)
     two, split = through_engine(source, name, tensor=2)
-    both = np.isfinite(one) & np.isfinite(two)
-    assert (both.sum(axis=-1) >= 19).all()  # the 20th may change places with the 21st
-    np.testing.assert_allclose(two[both], one[both], rtol=0, atol=1e-5)
+    assert_equal(two, one)
     assert [result.token_ids for result in split] == [result.token_ids for result in alone]
+
+
+def assert_equal(ours: np.ndarray, theirs: np.ndarray) -> None:
+    both = np.isfinite(ours) & np.isfinite(theirs)
+    assert (both.sum(axis=-1) >= 19).all()  # the 20th may change places with the 21st
+    np.testing.assert_allclose(ours[both], theirs[both], rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["llama", "qwen2", "qwen3"])
+def test_four_devices_that_hold_two_kv_heads_twice_equal_one(name: str) -> None:
+    source = DATA / "tiny" / name
+    one, alone = through_engine(source, name)
+    four, split = through_engine(source, name, tensor=4)
+    pool = small_engine(source, tensor=4).runner.kv_pool
+    assert pool.shape[1] == 4
+    assert {shard.data.shape[1] for shard in pool.addressable_shards} == {1}
+    assert_equal(four, one)
+    assert [result.token_ids for result in split] == [result.token_ids for result in alone]
+
+
+@pytest.mark.parametrize("tensor", [2, 4])
+def test_devices_that_all_hold_the_one_kv_head_equal_one(tensor: int, tmp_path: Path) -> None:
+    config = LLAMA | {"num_attention_heads": 4, "head_dim": 8, "num_key_value_heads": 1}
+    tensors = random_tensors(config)
+    for values in tensors.values():  # so that activations stay near one, as a model's do
+        values *= values.shape[-1] ** -0.5 if values.ndim == 2 else 1
+    source = write_folder(tmp_path / "model", config, tensors)
+    prompt = np.random.default_rng(0).integers(0, config["vocab_size"], 40)
+    request = make_request("a", prompt, 12, logprobs=10, prompt_logprobs=10, ignore_eos=True)
+    alone = small_engine(source).run_one(request)
+    split = small_engine(source, tensor=tensor).run_one(request)
+    assert split.token_ids == alone.token_ids
+    for ours, theirs in zip(
+        split.prompt_logprobs + split.logprobs,
+        alone.prompt_logprobs + alone.logprobs,
+        strict=True,
+    ):
+        found, expected = dict(ours.top), dict(theirs.top)
+        both = found.keys() & expected.keys()
+        assert len(both) >= 9
+        assert all(found[token] == pytest.approx(expected[token], abs=1e-5) for token in both)

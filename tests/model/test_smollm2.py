@@ -10,11 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from engine.config import BucketConfig, SchedulerConfig
+from engine.config import BucketConfig, CacheDtype, Dtype, SchedulerConfig
 from engine.weights import open_checkpoint
 from tests.conftest import DATA
 from tests.engines import Result, SmallEngine, make_request, small_engine
 from tests.model import numpy_llama
+from tests.model.quantised import EIGHT_BITS, hold, largest_values, write_scales
 from tests.model.sampler_oracle import log_softmax
 from tests.weights.checkpoints import read_all
 
@@ -24,11 +25,12 @@ TIE = 0.001  # a smaller margin on the way may be lost to the order of a sum
 NUM_PLAYED_BACK = 4  # prompts that the NumPy model goes through: it takes its time
 
 
-def engine(path: Path, dtype: str) -> SmallEngine:
+def engine(path: Path, dtype: Dtype, **cache: Any) -> SmallEngine:
     """Shapes for twelve prompts at once: two programs."""
     return small_engine(
         path,
         dtype=dtype,
+        **cache,
         num_blocks=96,
         block_size=16,
         config=SchedulerConfig(max_num_seqs=12, max_step_tokens=256),
@@ -140,3 +142,40 @@ def test_bfloat16_differs_from_float32_by_what_rounding_explains(smollm2_gguf: P
     clear = margin > 2 * explained.max()
     assert clear.mean() > 0.25, "the bound says too little"
     assert (best_16[clear] == best[clear]).all()
+
+
+@pytest.fixture(scope="module")
+def largest(smollm2_gguf: Path) -> np.ndarray:
+    """The largest keys and values on the prompts that are played back."""
+    checkpoint = open_checkpoint(smollm2_gguf)
+    sequences = (np.array(c["prompt_ids"] + c["output_ids"]) for c in GOLDENS[:NUM_PLAYED_BACK])
+    return largest_values(checkpoint.architecture, read_all(checkpoint), sequences)
+
+
+@pytest.mark.parametrize("dtype", EIGHT_BITS)
+def test_an_8_bit_cache_differs_from_a_float32_one_by_what_its_rounding_explains(
+    smollm2_gguf: Path, largest: np.ndarray, dtype: CacheDtype, tmp_path: Path
+) -> None:
+    """Held against a NumPy model that reads keys and values rounded by the same rule.
+
+    The means of two draws of the same errors differ by a fifth or so; where float32 is ahead by
+    more than twice the largest error that the rule explains, the argmax must stay.
+    """
+    file = tmp_path / "scales.safetensors"
+    held = hold(dtype, write_scales(file, largest, dtype))
+    best, margin, logprobs = play_back(engine(smollm2_gguf, "float32"))
+    small = engine(smollm2_gguf, "float32", cache_dtype=dtype, scales=file)
+    best_8, _, logprobs_8 = play_back(small)
+    checkpoint, parts = open_checkpoint(smollm2_gguf), []
+    params = read_all(checkpoint)
+    for case in GOLDENS[:NUM_PLAYED_BACK]:
+        ids = np.array(case["prompt_ids"] + case["output_ids"])
+        logits = numpy_llama.forward(checkpoint.architecture, params, ids, held=held)
+        parts.append(log_softmax(logits)[np.arange(len(ids) - 1), ids[1:]])
+    explained = np.abs(np.concatenate(parts) - logprobs)
+    errors = np.abs(logprobs_8 - logprobs)
+    assert explained.mean() > 0.01  # the NumPy model did round
+    assert errors.mean() <= 1.5 * explained.mean()
+    clear = margin > 2 * explained.max()
+    assert clear.mean() > 0.25, "the bound says too little"
+    assert (best_8[clear] == best[clear]).all()

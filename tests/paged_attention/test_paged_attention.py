@@ -1,4 +1,4 @@
-"""Both backends against a float64 oracle, over shapes, dtypes and ragged batches."""
+"""xla and reference against a float64 oracle, over shapes, dtypes and ragged batches."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import dataclasses
 import itertools
 from collections.abc import Iterator
 
-import jax.numpy as jnp
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -22,8 +21,10 @@ from tests.paged_attention.oracle import (
     compiled,
     expect,
     make_case,
+    rows_for,
     run,
 )
+from tests.paged_attention.random_batches import batches, random_case, shrink_tiles
 
 BACKENDS: tuple[pa.Backend, ...] = ("xla", "reference")
 HEAD_DIMS, RATIOS = (8, 64, 80, 128), (1, 3, 4, 8)
@@ -35,20 +36,6 @@ SHAPES = [
     (head_dim, ratio, BLOCK_SIZES[index % 6], DTYPES[index // 6 % 2])
     for index, (head_dim, ratio) in enumerate(itertools.product(HEAD_DIMS, RATIOS))
 ]
-
-
-def rows_for(block_size: int) -> list[tuple[int, int]]:
-    """Contexts that end before, on and after an edge of a block; one empty row."""
-    return [
-        (1, 0),
-        (1, block_size - 1),
-        (1, block_size),
-        (0, 0),
-        (7, block_size - 7),
-        (3, block_size - 1),
-        (1, 2 * block_size + 1),
-        (block_size + 1, 0),
-    ]
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -212,35 +199,12 @@ def test_a_sequence_does_not_depend_on_its_neighbours(backend: pa.Backend) -> No
         assert bits(single[: stop - start]) == bits(out[start:stop])
 
 
-MAX_SEQS, MAX_TOKENS, WIDTH, RANDOM_BLOCKS = 6, 24, 5, 40
-
-
 @pytest.fixture(scope="module")
-def small_tiles() -> Iterator[None]:
-    """Groups, tiles and chunks so small that a random batch crosses many of their edges."""
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(xla, "DECODE_GROUP", 2)
-        patch.setattr(xla, "QUERY_TILE", 4)
-        patch.setattr(xla, "DECODE_CHUNK", 16)
-        patch.setattr(xla, "PREFILL_CHUNK", 8)
-        yield
-
-
-@pytest.fixture(scope="module")
-def programs(small_tiles: None) -> dict[pa.Backend, Program]:
+def programs() -> Iterator[dict[pa.Backend, Program]]:
     """Each backend, to be compiled once for all random batches."""
-    return {backend: compiled(backend) for backend in BACKENDS}
-
-
-@st.composite
-def batches(draw: st.DrawFn) -> list[tuple[int, int]]:
-    """Rows of (new tokens, context before), empty ones among them, that fit the shapes."""
-    rows, left = [], MAX_TOKENS
-    for _ in range(draw(st.integers(0, MAX_SEQS))):
-        new = draw(st.one_of(st.just(min(1, left)), st.integers(0, left)))
-        rows.append((new, draw(st.integers(0, WIDTH * 8 - new)) if new else 0))
-        left -= new
-    return rows
+    with pytest.MonkeyPatch.context() as patch:
+        shrink_tiles(patch)
+        yield {backend: compiled(backend) for backend in BACKENDS}
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -253,16 +217,7 @@ def test_random_ragged_batches_match_the_oracle(
     backend: pa.Backend,
     programs: dict[pa.Backend, Program],
 ) -> None:
-    case = make_case(
-        rows,
-        num_tokens=MAX_TOKENS,
-        num_seqs=MAX_SEQS,
-        num_blocks=RANDOM_BLOCKS,
-        table_width=WIDTH,
-        num_layers=2,
-        layer=layer,
-        seed=seed,
-    )
+    case = random_case(rows, seed, layer)
     check(case, *run(case, backend, programs[backend]))
 
 
@@ -275,42 +230,3 @@ def test_chunks_of_decodes_and_of_prompts_may_differ(
     monkeypatch.setattr(xla, "PREFILL_CHUNK", prefill)
     case = make_case([(1, 71), (1, 39), (20, 52), (5, 20)], table_width=9)
     check(case, *run(case, "xla"))
-
-
-def test_a_backend_is_what_was_asked_for_or_an_error() -> None:
-    assert pa.resolve_backend("auto", "cpu") == "xla"
-    assert pa.resolve_backend("xla", "tpu") == "xla"
-    assert pa.resolve_backend("reference", "cpu") == "reference"
-    with pytest.raises(ValueError, match=r"'tpu' is not one of auto, xla, reference .*cpu"):
-        pa.resolve_backend("tpu", "cpu")
-
-
-def test_the_pools_shape_has_all_layers_in_one_axis() -> None:
-    shape = pa.kv_pool_shape(num_layers=3, num_blocks=5, num_kv_heads=2, block_size=16, head_dim=64)
-    assert shape == (15, 2, 16, 128)
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"k": (4, 2, 16)}, "don't fit each other"),
-        ({"v": (4, 1, 8)}, "don't fit each other"),
-        ({"k": (3, 2, 8), "v": (3, 2, 8)}, "don't fit each other"),
-        ({"q": (4, 3, 8)}, "3 query heads can't share 2 KV heads"),
-        ({"kv_pool": (6, 1, 8, 16)}, "must be \\[blocks, 2, B, 16\\]"),
-        ({"kv_pool": (6, 2, 8, 8)}, "must be \\[blocks, 2, B, 16\\]"),
-        ({"kv_pool": (6, 2, 128)}, "must be \\[blocks, 2, B, 16\\]"),
-    ],
-)
-def test_shapes_that_do_not_fit_are_refused(
-    changes: dict[str, tuple[int, ...]], message: str
-) -> None:
-    shapes = {"q": (4, 4, 8), "k": (4, 2, 8), "v": (4, 2, 8), "kv_pool": (6, 2, 8, 16)}
-    q, k, v, pool = (jnp.zeros(shape) for shape in (shapes | changes).values())
-    ragged = make_case([(4, 0)]).ragged()
-    for backend in BACKENDS:
-        work = pa.prepare(ragged, block_size=8, backend=backend)
-        with pytest.raises(ValueError, match=message):
-            pa.paged_attention(
-                q, k, v, pool, work, first_block=jnp.int32(0), scale=1.0, backend=backend
-            )

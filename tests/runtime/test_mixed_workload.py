@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engine.aot.hlo import pool_copies
 from engine.config import BucketConfig, SchedulerConfig
 from engine.core import scheduler
 from engine.core.scheduler import Limits
@@ -29,7 +30,6 @@ from engine.runtime.event_log import replay
 from engine.runtime.loop import EngineLoop, News, Totals
 from engine.types import FinishReason, Request, StepOutput, StepPlan, TokenLogprobs
 from tests.engines import Result, SmallEngine, make_request, small_engine
-from tests.runtime.aliasing import copies_of_pool
 from tests.runtime.tiny import random_ids
 
 NUM_REQUESTS = 64
@@ -306,7 +306,8 @@ def test_no_step_copies_the_pool(run: Run) -> None:
     donated = 4 * pool + sum(array.size * array.dtype.itemsize for array in state)
     assert donated >= 2**28
     for bucket in runner.shape.buckets:
-        assert copies_of_pool(runner.compile(bucket), pool, donated) == [], bucket
+        program = runner.compile(bucket)
+        assert pool_copies(program, num_elements=pool, num_bytes=donated) == [], bucket
 
 
 def pool_as_scan_output(pool: jax.Array) -> jax.Array:
@@ -329,14 +330,14 @@ def test_a_program_that_copies_the_pool_is_found_out(
 ) -> None:
     pool = jax.ShapeDtypeStruct((4096, 2, 16, 32), jnp.float32)
     compiled = jax.jit(program, donate_argnums=0 if donate else ()).lower(pool).compile()
-    found = copies_of_pool(compiled, pool.size, 4 * pool.size)
+    found = pool_copies(compiled, num_elements=pool.size, num_bytes=4 * pool.size)
     assert any(complaint in problem for problem in found), found
 
 
 def test_a_program_that_writes_in_place_is_not() -> None:
     pool = jax.ShapeDtypeStruct((4096, 2, 16, 32), jnp.float32)
-    write = jax.jit(lambda pool: pool.at[3].set(1.0), donate_argnums=0)
-    assert copies_of_pool(write.lower(pool).compile(), pool.size, 4 * pool.size) == []
+    write = jax.jit(lambda pool: pool.at[3].set(1.0), donate_argnums=0).lower(pool).compile()
+    assert pool_copies(write, num_elements=pool.size, num_bytes=4 * pool.size) == []
 
 
 def test_limits_of_the_run_are_tight(run: Run) -> None:

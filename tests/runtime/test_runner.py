@@ -11,7 +11,7 @@ from engine.config import BucketConfig, SchedulerConfig
 from engine.core import batching
 from engine.core.scheduler import Limits
 from engine.runtime import compiles
-from engine.runtime.runner import PROMPT_LOGPROB_ROWS
+from engine.runtime.step import PROMPT_LOGPROB_ROWS
 from engine.types import MAX_LOGPROBS, StepPlan
 from tests.engines import Result, SmallEngine, make_request, small_engine
 from tests.runtime.tiny import VOCAB_SIZE, make_runner, random_ids

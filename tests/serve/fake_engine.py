@@ -148,6 +148,7 @@ class FakeEngine(Engine):
         return ModelInfo(
             name="echo",
             architecture=architecture,
+            attention="xla",
             dtype="float32",
             max_model_len=256,
             eos_token_ids=(EOS,),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,6 +21,7 @@ from engine.weights import (
     save,
 )
 from engine.weights.checkpoint import Index
+from engine.weights.load import with_kv_copies
 from tests.conftest import TINY_MODELS
 from tests.weights.checkpoints import native, read_folder, write_gguf
 
@@ -34,19 +36,23 @@ def wanted(checkpoint: Checkpoint, dtype: str, **shardings: Any) -> dict[str, An
     }
 
 
+def open_as(format_: str, source: Path, folder: Path) -> Checkpoint:
+    """A Hugging Face folder's model in another format, written to `folder` and opened."""
+    if format_ == "gguf":
+        source = write_gguf(folder / "m.gguf", *read_folder(source))
+    checkpoint = open_checkpoint(source)
+    if format_ == "octavo":
+        params = load_params(checkpoint, wanted(checkpoint, "float32"))
+        save(folder / "native", params, checkpoint.architecture)
+        checkpoint = open_checkpoint(folder / "native")
+    assert checkpoint.format == format_
+    return checkpoint
+
+
 @pytest.fixture(params=FORMATS)
 def qwen3(request, tiny_models, tmp_path) -> Checkpoint:
     """The tiny qwen3, as each format."""
-    source = tiny_models / "qwen3"
-    if request.param == "gguf":
-        source = write_gguf(tmp_path / "m.gguf", *read_folder(source))
-    checkpoint = open_checkpoint(source)
-    if request.param == "octavo":
-        params = load_params(checkpoint, wanted(checkpoint, "float32"))
-        save(tmp_path / "native", params, checkpoint.architecture)
-        checkpoint = open_checkpoint(tmp_path / "native")
-    assert checkpoint.format == request.param
-    return checkpoint
+    return open_as(request.param, tiny_models / "qwen3", tmp_path)
 
 
 def sharded(checkpoint: Checkpoint, dtype: str) -> dict[str, Any]:
@@ -98,6 +104,46 @@ def test_any_placement_holds_the_values_of_the_unsharded(qwen3, dtype):
         if abstract[name].sharding is not None:
             assert array.sharding.is_equivalent_to(abstract[name].sharding, array.ndim)
         np.testing.assert_array_equal(array, whole[name], err_msg=name)
+
+
+@pytest.mark.parametrize("model", ["qwen2", "qwen3"])  # with biases, and without
+@pytest.mark.parametrize("format_", FORMATS)
+def test_chips_beyond_the_kv_heads_hold_copies_of_one_each(
+    tiny_models: Path, tmp_path: Path, model: str, format_: str
+) -> None:
+    """Two heads on four chips: the first two chips have the first head, the others the second."""
+    checkpoint = open_as(format_, tiny_models / model, tmp_path)
+    arch = checkpoint.architecture
+    assert arch.num_kv_heads == 2
+    mesh = jax.make_mesh((4,), ("x",), axis_types=(AxisType.Auto,))
+    columns = NamedSharding(mesh, PartitionSpec(None, None, "x"))
+    abstract = {
+        name: jax.ShapeDtypeStruct(
+            shape,
+            "bfloat16",
+            # The kernels are cut by head, the biases are on every chip whole.
+            sharding=columns if name.endswith("_proj.kernel") else None,
+        )
+        for name, shape in native_shapes(with_kv_copies(arch, 2)).items()
+    }
+    whole = load_params(checkpoint, wanted(checkpoint, "bfloat16"))
+    calls: list[tuple[int, int]] = []
+
+    def progress(done: int, total: int) -> None:
+        calls.append((done, total))
+
+    copied = load_params(checkpoint, abstract, progress, kv_copies=2)
+    assert calls[-1] == (sum(array.nbytes for array in copied.values()),) * 2
+    for name, array in copied.items():
+        expected = np.asarray(whole[name])
+        if name.startswith(("layers.k_proj", "layers.v_proj")):
+            first, second = np.split(expected, 2, axis=-1)
+            expected = np.concatenate((first, first, second, second), axis=-1)
+        np.testing.assert_array_equal(array, expected, err_msg=name)
+    [head] = {shard.data.shape[-1] for shard in copied["layers.k_proj.kernel"].addressable_shards}
+    assert head == arch.head_dim
+    with pytest.raises(WeightsError, match=r"k_proj\.kernel: has shape"):
+        load_params(checkpoint, abstract)
 
 
 def test_bfloat16_is_the_nearest_value_ties_to_even(qwen3):

@@ -1,0 +1,192 @@
+"""Whole engine steps of a config, compiled for the topology it is meant for.
+
+The program is `engine.runtime.step.Step`'s, which the runner compiles too; weights, pool and
+state are shapes, so that 70B compiles on a laptop.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import time
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+
+from engine.aot import hlo
+from engine.aot.topologies import AotError, generation
+from engine.config import Architecture, Backend, Config, ConfigError, resolve_source
+from engine.loading import check_attention, make_limits, runner_shape
+from engine.memory_plan import kv_copies
+from engine.model.attention import Attention, resolve_backend
+from engine.model.decoder import abstract_decoder
+from engine.runtime.mesh import kv_scales_sharding, make_mesh, weight_shardings
+from engine.runtime.step import Step
+from engine.types import Bucket
+from engine.weights import open_checkpoint, with_kv_copies
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Program:
+    """One compiled step. Bytes are of one chip.
+
+    Attributes:
+      topology, bucket: what was compiled, and for what.
+      seconds: of tracing and compiling.
+      weight_bytes, kv_bytes, state_bytes, temp_bytes: what it holds while it runs; the state is
+        the sampler's.
+      peak_bytes: arguments, outputs and temporaries, less the outputs that take the place of
+        arguments, and the program's code.
+      hbm_bytes: what a program may use at most.
+      num_blocks: of the pool. num_blocks_that_fit: if it took all the memory left.
+      collectives: by kind, and by how often they run.
+      vmem_bytes: vector memory used by each attention kernel.
+      copies: why it may copy the KV pool; empty if it doesn't.
+    """
+
+    topology: str
+    bucket: Bucket
+    seconds: float
+    weight_bytes: int
+    kv_bytes: int
+    state_bytes: int
+    temp_bytes: int
+    peak_bytes: int
+    hbm_bytes: int
+    num_blocks: int
+    num_blocks_that_fit: int
+    collectives: hlo.Collectives
+    vmem_bytes: dict[str, int]
+    copies: list[str]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the memory of a chip holds it."""
+        return self.peak_bytes <= self.hbm_bytes
+
+    @property
+    def problems(self) -> list[str]:
+        """What must not be."""
+        found = [f"KV-sized copy: {copy}" for copy in self.copies]
+        if not self.fits:
+            found.append(
+                f"needs {self.peak_bytes} bytes of a chip's {self.hbm_bytes}; lower cache.memory "
+                f"to at most {self.num_blocks_that_fit} blocks"
+            )
+        return found
+
+
+def step_of(
+    config: Config, devices: Sequence[jax.Device], backend: Backend = "auto"
+) -> tuple[Step, tuple[Bucket, ...]]:
+    """The step that an engine with this config runs on devices, and its buckets, from shapes.
+
+    Args:
+      config: states `model.architecture`, or its model is at hand.
+      devices: of a described topology, or of this process.
+      backend: of attention, instead of the config's.
+
+    Raises:
+      ConfigError: the config asks for what the devices or the kernels don't have.
+    """
+    arch = _architecture(config)
+    tensor = config.mesh.tensor
+    if backend != "auto":
+        attention = dataclasses.replace(config.attention, backend=backend)
+        config = dataclasses.replace(config, attention=attention)
+    device = devices[0]
+    try:
+        resolved = resolve_backend(config.attention.backend, device.platform, device.device_kind)
+    except ValueError as error:
+        raise ConfigError(f"attention.backend: {error}") from None
+    resolved = resolved.backend
+    limits = make_limits(config, arch, "", backend=resolved)
+    mesh = make_mesh(config.mesh, arch, devices)
+    with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # names the kernels' target
+        check_attention(config, arch, resolved, limits)
+    arch = with_kv_copies(arch, kv_copies(arch, tensor))
+    model = abstract_decoder(arch, jnp.dtype(config.model.dtype))
+    kv_scales = None
+    if config.cache.scales or config.cache_dtype == "int8":
+        kv_scales = jax.ShapeDtypeStruct(
+            (arch.num_layers, 2, arch.num_kv_heads), jnp.float32, sharding=kv_scales_sharding(mesh)
+        )
+    shape = runner_shape(config, limits)
+    weights = weight_shardings(model, mesh)
+    return Step(model, weights, mesh, Attention(resolved, mesh), shape, kv_scales), shape.buckets
+
+
+def largest_buckets(buckets: tuple[Bucket, ...]) -> tuple[Bucket, ...]:
+    """The decode bucket and the prefill bucket that need the most memory."""
+    decodes = [bucket for bucket in buckets if bucket.num_tokens == bucket.num_seqs]
+    prefills = [bucket for bucket in buckets if bucket.num_tokens > bucket.num_seqs]
+    return tuple(group[-1] for group in (decodes, prefills) if group)
+
+
+def compile_program(step: Step, bucket: Bucket, topology: str) -> Program:
+    """Compile one bucket and read what the compiler says about it.
+
+    Raises:
+      AotError: it doesn't fit the chip, or the compiler refuses it.
+    """
+    mesh = step.kv_pool.sharding.mesh
+    start = time.perf_counter()
+    try:
+        with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # names the kernels' target
+            compiled = step.lower(bucket, "tpu").compile()
+    except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
+        raise AotError(_first_lines(error)) from None
+    seconds = time.perf_counter() - start
+    memory, text = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None
+    assert text
+    peak = (
+        memory.argument_size_in_bytes
+        + memory.output_size_in_bytes
+        + memory.temp_size_in_bytes
+        + memory.generated_code_size_in_bytes
+        - memory.alias_size_in_bytes
+    )
+    num_layers = step.num_layers
+    pool_elements = math.prod(step.kv_pool.sharding.shard_shape(step.kv_pool.shape))
+    kv_bytes, state_bytes = bytes_per_chip(step.kv_pool), bytes_per_chip(step.state)
+    num_blocks = step.kv_pool.shape[0] // num_layers
+    hbm_bytes = generation(topology).hbm_bytes
+    return Program(
+        topology=topology,
+        bucket=bucket,
+        seconds=seconds,
+        weight_bytes=bytes_per_chip(step.weights),
+        kv_bytes=kv_bytes,
+        state_bytes=state_bytes,
+        temp_bytes=memory.temp_size_in_bytes,
+        peak_bytes=peak,
+        hbm_bytes=hbm_bytes,
+        num_blocks=num_blocks,
+        num_blocks_that_fit=(hbm_bytes - peak + kv_bytes) // (kv_bytes // num_blocks),
+        collectives=hlo.collectives(text),
+        vmem_bytes=hlo.kernel_vmem(text),
+        copies=hlo.pool_copies(
+            compiled,
+            num_elements=pool_elements,
+            num_bytes=kv_bytes + state_bytes,
+            smallest=pool_elements // num_layers,
+        ),
+    )
+
+
+def bytes_per_chip(tree: object) -> int:
+    """Of placed shapes, on one device, without the padding of tiles."""
+    return sum(
+        math.prod(part.sharding.shard_shape(part.shape)) * part.dtype.itemsize
+        for part in jax.tree.leaves(tree)
+    )
+
+
+def _first_lines(error: Exception) -> str:
+    return " ".join(str(error).split("\n")[:3])
+
+
+def _architecture(config: Config) -> Architecture:
+    return config.model.architecture or open_checkpoint(resolve_source(config)).architecture
