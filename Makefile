@@ -57,7 +57,7 @@ types: $(READY) ## pyrefly
 
 .PHONY: kernels
 kernels: $(READY) ## the kernels' whole grid of tests, each case in all interpreters (long)
-	$(BIN)/python -m pytest tests/paged_attention -m "not mutants" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/paged_attention --exhaustive $(PYTEST_ARGS)
 
 .PHONY: mutants
 mutants: $(READY) ## seeded mistakes in the kernels, each of which the tests must catch
@@ -71,6 +71,10 @@ aot: $(READY) ## compile kernels and whole steps for TPUs without one; ARGS=…
 gpu-aot: $(READY) ## compile the gpu kernels for an H100 without one; ARGS="--only decode"
 	@scripts/make_gpu_venv.sh .venv-gpu
 	@.venv-gpu/bin/python scripts/gpu_aot.py $(ARGS)
+
+.PHONY: gpu-check
+gpu-check: ## on an NVIDIA GPU: check the kernels on the device and time them; ARGS=folder of wheels
+	@scripts/gpu_check.sh build/gpu-check $(ARGS)
 
 .PHONY: fuzz
 fuzz: $(READY) ## millions of random pool and scheduler operations; OCTAVO_FUZZ_EXAMPLES=…

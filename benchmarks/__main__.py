@@ -15,7 +15,7 @@ SEVERAL = Parameter(consume_multiple=True, negative=())
 
 app = cyclopts.App(
     name="python -m benchmarks",
-    help="Measure Octavo on this machine. Without a command: all of them, as documented.",
+    help="Measure Octavo on this machine. Without a command: scheduler and engine.",
     version_flags=[],
 )
 
@@ -75,9 +75,17 @@ def engine(
     return benchmark.run(config, tuple(set_ or ()), names, repeat=repeat, folder=output)
 
 
+@app.command(help_flags=[])
+def attention(*options: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
+    """Check and time attention backends on this device; `attention --help` lists the options."""
+    from benchmarks.attention.command import main
+
+    return main(options)
+
+
 @app.default
 def everything() -> int:
-    """Run all benchmarks with their defaults."""
+    """Run scheduler and engine with their defaults."""
     return max(scheduler(), engine())
 
 

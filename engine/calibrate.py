@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
@@ -18,6 +19,7 @@ import numpy as np
 
 from engine.config import (
     CACHE_DTYPE_BYTES,
+    Architecture,
     BucketConfig,
     CacheDtype,
     Config,
@@ -29,13 +31,15 @@ from engine.core import batching, scheduler
 from engine.core.scheduler import Limits, SchedulerState
 from engine.generate import LineError, parse_line, replacing
 from engine.llm import AnyPrompt, as_prompt
-from engine.loading import load_engine
+from engine.loading import check_attention, load_engine, resolve_attention
 from engine.resolve import Resolver
 from engine.runtime.runner import Runner
 from engine.text import Message, Tokenizer
 from engine.types import Domain, InvalidRequest, Request, SamplingParams
 from engine.weights import open_checkpoint
 from engine.weights.kv_scales import LARGEST, encode_scales, scales_of
+
+log = logging.getLogger(__name__)
 
 MAX_PROMPT_TOKENS = 4096  # of each prompt; the pool is made for one such
 _STEP_TOKENS = 512
@@ -125,7 +129,8 @@ def calibrate(
     if dtype not in LARGEST:
         raise ConfigError(f"a cache of {dtype} takes no scales; {' and '.join(LARGEST)} do")
     show = progress or (lambda what, done, total: None)
-    loaded = load_engine(_unquantised(config), progress)
+    arch = open_checkpoint(resolve_source(config)).architecture
+    loaded = load_engine(_unquantised(config, arch), progress)
     runner, limits = loaded.runner, loaded.limits
     resolver = Resolver(
         loaded.tokenizer,
@@ -186,14 +191,11 @@ def _default_prompts(tokenizer: Tokenizer) -> list[AnyPrompt]:
     return prompts
 
 
-def _unquantised(config: Config) -> Config:
+def _unquantised(config: Config, arch: Architecture) -> Config:
     """The same model with an exact cache for one sequence, and two programs."""
-    limit = config.model.max_model_len
-    if limit is None:
-        limit = open_checkpoint(resolve_source(config)).architecture.max_position
-    limit = min(limit, MAX_PROMPT_TOKENS + 1)
+    limit = min(config.model.max_model_len or arch.max_position, MAX_PROMPT_TOKENS + 1)
     tokens = min(config.scheduler.max_step_tokens, _STEP_TOKENS)
-    return dataclasses.replace(
+    exact = dataclasses.replace(
         config,
         model=dataclasses.replace(config.model, max_model_len=limit),
         cache=dataclasses.replace(
@@ -207,6 +209,23 @@ def _unquantised(config: Config) -> Config:
         scheduler=SchedulerConfig(max_num_seqs=1, max_step_tokens=tokens),
         buckets=BucketConfig(decode_seqs=(1,), prefill_tokens=(tokens,), prefill_seqs=(1,)),
     )
+    return _with_kernels(exact, arch)
+
+
+def _with_kernels(config: Config, arch: Architecture) -> Config:
+    """The same with kernels that take it: those for the 8-bit cache may take no exact one."""
+    backend = resolve_attention(config).backend
+    try:
+        check_attention(config, arch, backend)
+    except ConfigError as refusal:
+        try:
+            check_attention(config, arch, "xla")
+        except ConfigError:
+            return config  # loading says why
+        log.warning("calibrating with attention.backend xla: %s", refusal)
+        attention = dataclasses.replace(config.attention, backend="xla")
+        return dataclasses.replace(config, attention=attention)
+    return config
 
 
 def _request(resolver: Resolver, prompt: AnyPrompt, number: int, most: int) -> Request:

@@ -379,11 +379,16 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _quiet_libtpu() -> None:
-    """Tell libtpu that there is no TPU, where the PCI bus has none: it is installed with the
+def _quiet_libtpu(root: Path = Path("/")) -> None:
+    """Tell libtpu that there is no TPU, where that is certain: it is installed with the
     development tools, to compile ahead of time, and warns of it at length otherwise."""
-    vendors = Path("/sys/bus/pci/devices").glob("*/vendor")
-    if not any(vendor.read_text().strip() == "0x1ae0" for vendor in vendors):  # Google's
+    try:
+        bus = [path.joinpath("vendor").read_text() for path in root.glob("sys/bus/pci/devices/*")]
+        # TPUs' files; a container may have these and hide the bus, or what is on it.
+        files = [*root.glob("dev/accel*"), *root.glob("dev/vfio/[0-9]*")]
+    except OSError:
+        return
+    if bus and not files and not any(vendor.strip() == "0x1ae0" for vendor in bus):  # Google's
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
@@ -391,8 +396,8 @@ def _quiet_libtpu() -> None:
 
 def main() -> None:
     """Run the command line; errors that a user can mend are one line, without a traceback."""
-    _quiet_libtpu()
     try:
+        _quiet_libtpu()
         logging.basicConfig(
             level=os.environ.get("OCTAVO_LOG", "WARNING").upper(),
             format="%(levelname)s %(name)s: %(message)s",

@@ -5,11 +5,12 @@ Every size that was left open in the config is settled here, once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import logging
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import jax
@@ -79,30 +80,35 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
         config, arch, checkpoint.fingerprint, backend=resolved.backend, scales=scales
     )
     mesh = make_mesh(config.mesh, arch)
-    check_attention(config, arch, resolved.backend, limits)
+    check_attention(config, arch, resolved.backend)
     copies = kv_copies(arch, config.mesh.tensor)
     model = abstract_decoder(with_kv_copies(arch, copies), jnp.dtype(config.model.dtype))
     shape = runner_shape(config, limits)
-    weights = load_params(
-        checkpoint,
-        weight_shardings(model, mesh),
-        functools.partial(show, "Loading weights"),
-        kv_copies=copies,
-    )
+    with _enough_memory(
+        "the weights don't fit", "raise mesh.tensor or set model.dtype to bfloat16"
+    ):
+        weights = load_params(
+            checkpoint,
+            weight_shardings(model, mesh),
+            functools.partial(show, "Loading weights"),
+            kv_copies=copies,
+        )
     attention = Attention(resolved.backend, mesh)
     if scales is not None:
         scales = np.repeat(scales, copies, axis=-1)
-    try:
+    smaller_cache = "cache.memory or cache.num_blocks (`octavo plan` shows what fits)"
+    with _enough_memory(
+        f"the cache of {limits.num_blocks} blocks of {limits.block_size} tokens doesn't fit beside "
+        "the weights",
+        f"lower {smaller_cache}",
+    ):
         runner = Runner(model, weights, mesh, attention, shape, scales)
-    except jax.errors.JaxRuntimeError as error:
-        if "RESOURCE_EXHAUSTED" not in str(error):
-            raise
-        raise ConfigError(
-            f"the cache of {limits.num_blocks} blocks of {limits.block_size} tokens doesn't fit "
-            f"into {_device_kind()} memory beside the weights; lower cache.memory "
-            "or cache.num_blocks (`octavo plan` shows what fits)"
-        ) from error
-    runner.warm_up(functools.partial(show, "Compiling"))
+    # A TPU's compiler already refuses a program that won't fit; a GPU's fails when it runs.
+    with _enough_memory(
+        "what a step computes doesn't fit beside the weights and the cache",
+        f"lower scheduler.max_step_tokens or scheduler.max_num_seqs, or {smaller_cache}",
+    ):
+        runner.warm_up(functools.partial(show, "Compiling"))
     log.info(
         "%s: attention %s (%s) on %s, %d blocks of %d tokens in %s, buckets %s",
         checkpoint.format,
@@ -146,7 +152,7 @@ def describe(resolved: Resolved, asked: Backend) -> str:
     return f"{resolved.backend}, as {resolved.reason}" if is_fallback else resolved.backend
 
 
-def check_attention(config: Config, arch: Architecture, backend: Backend, limits: Limits) -> None:
+def check_attention(config: Config, arch: Architecture, backend: Backend) -> None:
     """Refuse what the kernels can't compute, before weights are read and programs compiled.
 
     Raises:
@@ -158,15 +164,24 @@ def check_attention(config: Config, arch: Architecture, backend: Backend, limits
         num_heads=arch.num_heads // tensor,
         num_kv_heads=arch.num_kv_heads * kv_copies(arch, tensor) // tensor,
         head_dim=arch.head_dim,
-        block_size=limits.block_size,
+        block_size=config.cache.block_size,
         dtype=config.model.dtype,
         cache_dtype=config.cache_dtype,
     )
     try:
         check_supported(shape, backend, _device_kind())
     except ValueError as error:
-        way_out = "" if "xla" in str(error) else "; or set attention.backend to xla"
+        is_named = "xla" in str(error)
+        way_out = "" if is_named or not _xla_takes(shape) else "; or set attention.backend to xla"
         raise ConfigError(f"{error}{way_out}") from None
+
+
+def _xla_takes(shape: Shape) -> bool:
+    try:
+        check_supported(shape, "xla")
+    except ValueError:
+        return False
+    return True
 
 
 def make_limits(
@@ -273,6 +288,20 @@ def use_compile_cache(folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+@contextlib.contextmanager
+def _enough_memory(problem: str, way_out: str) -> Iterator[None]:
+    """Turn a lack of device memory into a ConfigError."""
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        reason = str(error).splitlines()[0]
+        raise ConfigError(
+            f"{problem} in the memory of {_device_kind()} ({reason:.300}); {way_out}"
+        ) from error
 
 
 def _device_kind() -> str:

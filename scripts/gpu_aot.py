@@ -12,6 +12,7 @@ import argparse
 import contextlib
 import dataclasses
 import importlib.util
+import math
 import os
 import re
 import sys
@@ -35,6 +36,7 @@ import numpy as np
 from jax.experimental import topologies
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
+from engine.aot import hlo
 from pallas_kernels import paged_attention as pa
 
 DEVICE = "NVIDIA H100 80GB HBM3"
@@ -194,22 +196,6 @@ def compile_case(case: Case, mesh: Mesh) -> tuple[jax.stages.Compiled, tuple[int
         return lowered.lower(lowering_platforms=("cuda",)).compile(), pool
 
 
-def pool_copies(compiled: jax.stages.Compiled, case: Case, pool: tuple[int, ...]) -> list[str]:
-    """What shows that the pool is copied, by three signs that must all be absent."""
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None
-    assert text is not None
-    size = int(np.prod(pool)) * jnp.dtype(case.cache_dtype).itemsize
-    found = []
-    if memory.alias_size_in_bytes < size:
-        found.append(f"aliased {memory.alias_size_in_bytes} of {size} bytes")
-    if memory.temp_size_in_bytes > size // 4:
-        found.append(f"{memory.temp_size_in_bytes / MIB:.0f} MiB of temporaries")
-    shape = ",".join(map(str, pool))
-    copies = re.findall(rf"= \w+\[{shape}\]\S* (?:copy|copy-start|transpose)\(", text)
-    return found + copies
-
-
 @contextlib.contextmanager
 def captured_output() -> Iterator[list[str]]:
     """What native code prints to stdout and stderr, as one text, once the block ends."""
@@ -251,7 +237,13 @@ def run_case(name: str, case: Case, mesh: Mesh) -> bool:
         return False
     seconds = time.monotonic() - start
     shared = max(map(int, re.findall(r"smem_scratch_bytes=(\d+)", output[0])), default=0)
-    copies = pool_copies(compiled, case, pool)
+    num_elements = math.prod(pool)
+    copies = hlo.pool_copies(
+        compiled,
+        num_elements=num_elements,
+        num_bytes=num_elements * jnp.dtype(case.cache_dtype).itemsize,
+        smallest=num_elements // LAYERS,
+    )
     verdict = f"FAILED: the pool is copied: {'; '.join(copies)}" if copies else "ok"
     memory = compiled.memory_analysis()
     temporaries = memory.temp_size_in_bytes if memory else 0

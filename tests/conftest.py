@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -19,6 +20,25 @@ jax.config.update("jax_numpy_rank_promotion", "raise")
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"
 TINY_MODELS = ("llama", "llama3_rope", "llama_tied", "qwen2", "qwen3")
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    """Add an option for tests that a plain run leaves out."""
+    parser.addoption("--exhaustive", action="store_true", help="whole grids, which takes long")
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave long tests out unless they are named, whatever else `-m` selects.
+
+    A `-m` in pyproject.toml wouldn't do: that of the command line would replace it.
+    """
+    named = set(re.findall(r"\w+", config.option.markexpr))
+    if config.option.exhaustive:
+        named.add("exhaustive")
+    left_out = {"exhaustive", "mutants"} - named
+    deselected = [item for item in items if any(map(item.get_closest_marker, left_out))]
+    config.hook.pytest_deselected(items=deselected)
+    items[:] = [item for item in items if not any(map(item.get_closest_marker, left_out))]
 
 
 @pytest.fixture(scope="session")

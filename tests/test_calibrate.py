@@ -8,12 +8,15 @@ import re
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
 import pytest
 
 from engine import calibrate as module
+from engine import loading
 from engine.calibrate import DEFAULT_PROMPTS, MAX_PROMPT_TOKENS, calibrate, read_prompts
 from engine.config import ConfigError, from_tree
+from engine.loading import resolve_attention
 from engine.text import Message
 from engine.weights import open_checkpoint
 from engine.weights.kv_scales import LARGEST, read_scales
@@ -83,6 +86,35 @@ def test_long_prompts_are_cut_and_a_config_s_own_limits_hold(
     found = calibrate(dataclasses.replace(config, model=unlimited), [prompt])
     assert found.num_tokens == 32
     assert MAX_PROMPT_TOKENS == 4096
+
+
+def test_kernels_that_take_no_float32_cache_are_left_to_the_config_that_they_are_for(
+    folder: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """On Hopper the gpu kernels run a float32 model with an int8 cache, but not with an exact one:
+    that one runs on xla, as on any device."""
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(loading, "_device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    config = from_tree(tiny.config_tree(folder, **{"cache.dtype": "int8", "cache.scales": "s"}))
+    assert (resolve_attention(config).backend, config.model.dtype) == ("gpu", "float32")
+    prompt = tiny.random_ids(40)
+    found = calibrate(config, [prompt])
+    np.testing.assert_allclose(found.scales, in_numpy(folder, prompt) / 127, rtol=1e-4)
+    [record] = [record for record in caplog.records if record.name == "engine.calibrate"]
+    assert "calibrating with attention.backend xla" in record.getMessage()
+    assert "not float32" in record.getMessage()
+    assert "\n" not in record.getMessage()
+
+
+def test_what_the_kernels_take_is_calibrated_with_them(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
+    monkeypatch.setattr(loading, "_device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    changes = {"model.dtype": "bfloat16", "cache.dtype": "int8", "cache.scales": "s"}
+    config = from_tree(tiny.config_tree(Path("x"), **changes))
+    assert module._unquantised(config, tiny.ARCH).attention.backend == "auto"
+    assert not caplog.records
 
 
 def test_the_command_writes_a_file_that_the_engine_takes(

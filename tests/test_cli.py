@@ -216,6 +216,50 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(
     assert "━" in terminal.getvalue()
 
 
+GOOGLE, INTEL = "0x1ae0\n", "0x8086\n"
+
+
+@pytest.mark.parametrize(
+    ("vendors", "files", "is_quiet"),
+    [
+        ([INTEL], [], True),
+        ([INTEL], ["dev/vfio/vfio"], True),  # the driver alone
+        ([INTEL, GOOGLE], [], False),
+        # A container may hide the bus of a machine that has TPUs, or what is on it.
+        ([], ["dev/accel0"], False),
+        ([], [], False),
+        (None, [], False),
+        ([INTEL], ["dev/accel0"], False),
+        ([INTEL], ["dev/vfio/0"], False),
+        ([None], [], False),  # a device whose vendor can't be read
+    ],
+)
+def test_libtpu_is_only_told_that_there_is_no_tpu_where_that_is_certain(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    vendors: list[str | None] | None,
+    files: list[str],
+    is_quiet: bool,
+) -> None:
+    if vendors is not None:
+        (tmp_path / "sys/bus/pci/devices").mkdir(parents=True)
+    for number, vendor in enumerate(vendors or ()):
+        device = tmp_path / f"sys/bus/pci/devices/{number}"
+        device.mkdir()
+        if vendor is None:
+            (device / "vendor").mkdir()  # reading it is an OSError, even for root
+        else:
+            (device / "vendor").write_text(vendor)
+    for file in files:
+        (tmp_path / file).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / file).touch()
+    environment: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", environment)
+    cli._quiet_libtpu(tmp_path)
+    assert ("TPU_SKIP_MDS_QUERY" in environment) == is_quiet
+    assert len(environment) == (3 if is_quiet else 0)
+
+
 def test_libtpu_is_silent_where_there_is_no_tpu() -> None:
     """It is among the development tools, and JAX asks it for devices whenever it is there."""
     quiet = {name: os.environ[name] for name in os.environ if not name.startswith(("JAX", "TPU"))}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import logging
 import os
@@ -18,12 +19,14 @@ from engine.config import Backend, ConfigError, from_tree
 from engine.core.block_keys import child_key, root_key
 from engine.core.scheduler import Limits
 from engine.loading import (
+    check_attention,
     describe,
     load_engine,
     make_limits,
     resolve_attention,
     use_compile_cache,
 )
+from engine.runtime.runner import Runner
 from engine.text import TokenizerError
 from engine.types import MAX_STOP_TOKENS, Domain
 from engine.weights import WeightsError
@@ -185,6 +188,34 @@ def test_a_pool_that_does_not_fit_into_memory_is_a_config_error(
         load_engine(from_tree(tiny.config_tree(folder)))
 
 
+def test_a_program_that_does_not_fit_into_memory_is_a_config_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def warm_up(*_: Any) -> None:
+        raise jax.errors.JaxRuntimeError(message)
+
+    monkeypatch.setattr(Runner, "warm_up", warm_up)
+    message = "RESOURCE_EXHAUSTED: Ran out of memory on HBM: 16G of 15G.\nSee https://openxla.org"
+    expected = r"16G of 15G\.\); lower scheduler\.max_step_tokens or .*, or cache\.memory or"
+    with pytest.raises(ConfigError, match=expected) as caught:
+        load_engine(from_tree(tiny.config_tree(folder)))
+    assert "\n" not in str(caught.value)
+    message = "INTERNAL: something else"
+    with pytest.raises(jax.errors.JaxRuntimeError, match="something else"):
+        load_engine(from_tree(tiny.config_tree(folder)))
+
+
+def test_weights_that_do_not_fit_into_memory_are_a_config_error(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def load_params(*_: Any, **__: Any) -> Any:
+        raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory allocating 1 bytes.")
+
+    monkeypatch.setattr(loading, "load_params", load_params)
+    with pytest.raises(ConfigError, match=r"weights don't fit .* raise mesh\.tensor or"):
+        load_engine(from_tree(tiny.config_tree(folder)))
+
+
 @pytest.mark.parametrize(
     ("backend", "changes", "message"),
     [
@@ -211,6 +242,22 @@ def test_what_the_kernels_do_not_take_is_refused_before_the_weights_are_read(
         load_engine(from_tree(tiny.config_tree(folder, **{**good, **changes})))
 
 
+def test_xla_is_only_recommended_where_it_takes_what_was_refused(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Three query heads can't share two KV heads in any backend, but xla takes blocks of 8."""
+    monkeypatch.setattr(loading, "_device_kind", lambda: "TPU v6 lite")
+    config = from_tree(tiny.config_tree(Path("x"), **{"cache.block_size": 8}))
+    with pytest.raises(ConfigError, match=r"blocks of 8 tokens.*set attention.backend to xla"):
+        check_attention(config, tiny.ARCH, "tpu")
+    uneven = dataclasses.replace(tiny.ARCH)
+    object.__setattr__(uneven, "num_heads", 3)  # an architecture itself refuses them
+    for backend in ("tpu", "xla"):
+        with pytest.raises(ConfigError, match="3 query heads can't share 2") as caught:
+            check_attention(config, uneven, backend)
+        assert "xla" not in str(caught.value)
+
+
 def test_what_cache_scales_ask_for_is_settled_before_the_weights_are_read(
     folder: Path, tmp_path: Path, no_weights: None
 ) -> None:
@@ -234,7 +281,12 @@ def test_what_cache_scales_ask_for_is_settled_before_the_weights_are_read(
         ("auto", "cpu", "cpu", "xla"),
         ("reference", "cpu", "cpu", "reference"),
         ("auto", "gpu", "NVIDIA H100 80GB HBM3", "gpu"),
-        ("auto", "gpu", "NVIDIA A100-SXM4-80GB", "xla, as NVIDIA A100-SXM4-80GB is not a Hopper GPU"),
+        (
+            "auto",
+            "gpu",
+            "NVIDIA A100-SXM4-80GB",
+            "xla, as NVIDIA A100-SXM4-80GB is not a Hopper GPU",
+        ),
         ("xla", "gpu", "NVIDIA A100-SXM4-80GB", "xla"),
         ("auto", "tpu", "TPU v6 lite", "tpu"),
     ],

@@ -37,9 +37,13 @@ def main(arguments: list[str] | None = None) -> int:
     parser.add_argument("--small", action="store_true", help="a few of each, for `make test`")
     parser.add_argument("--config", type=Path, action="append", default=[], help="a YAML file …")
     parser.add_argument("--topology", action="append", default=[], help="… and its v5e:2x4")
-    parser.add_argument("--backend", default="tpu", help="of attention: tpu or xla")
+    parser.add_argument("--backend", default="tpu", choices=("tpu", "xla"), help="of attention")
     parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes")
     options = parser.parse_args(arguments)
+    if options.jobs < 1:
+        parser.error(
+            f"argument --jobs: {options.jobs} is not a number of processes; at least 1 is needed"
+        )
     if len(options.config) != len(options.topology):
         parser.error("every --config needs a --topology beside it, such as v6e:2x4")
     given = list(zip(options.config, options.topology, strict=True))

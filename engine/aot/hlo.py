@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Collection, Set
 from typing import NamedTuple
 
 import jax
@@ -41,6 +42,7 @@ def pool_copies(
     num_elements: int,
     num_bytes: int,
     smallest: int | None = None,
+    weight_shapes: Collection[tuple[int, ...]] = (),
 ) -> list[str]:
     """Why a program may copy its pool; empty if it doesn't.
 
@@ -50,6 +52,8 @@ def pool_copies(
       num_bytes: of all that is donated, on one device; the pool is by far the largest part.
       smallest: elements of the smallest result that counts as a copy, such as one layer's share
         of the pool; by default half of the pool.
+      weight_shapes: of the program's weights, on one device. A copy of that shape is one of a
+        weight, as where a condition wants the LM head in another layout.
     """
     memory = compiled.memory_analysis()
     assert memory is not None
@@ -60,22 +64,27 @@ def pool_copies(
         found.append(f"{memory.temp_size_in_bytes} temporary bytes for {num_bytes} of pool")
     text = compiled.as_text()
     assert text
-    return found + _large_results(text, smallest or num_elements // 2)
+    return found + _large_results(text, smallest or num_elements // 2, set(weight_shapes))
 
 
-def _large_results(text: str, smallest: int) -> list[str]:
+def _large_results(
+    text: str, smallest: int, weight_shapes: Set[tuple[int, ...]] = frozenset()
+) -> list[str]:
     """Instructions that make as much as the pool, and are not known to do so in place."""
     instructions = list(_INSTRUCTION.finditer(text))
     assert instructions, "the program's text is not in the form that is read here"
-    sizes = {}
-    for match in instructions:
-        shape = [int(size) for size in match["shape"].split(",") if size]
-        sizes[match["name"]] = math.prod(shape)
+    shapes = {
+        match["name"]: tuple(int(size) for size in match["shape"].split(",") if size)
+        for match in instructions
+    }
+    sizes = {name: math.prod(shape) for name, shape in shapes.items()}
     found = []
     for match in instructions:
         opcode = match["opcode"]
         # What is fused is in the text too.
         if sizes[match["name"]] < smallest or opcode in _HARMLESS or opcode == "fusion":
+            continue
+        if opcode.startswith("copy") and shapes[match["name"]] in weight_shapes:
             continue
         if opcode in _WRITES:
             operands = re.findall(r"%[\w.-]+", match["operands"])

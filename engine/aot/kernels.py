@@ -18,7 +18,7 @@ from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from engine.aot import hlo
-from engine.aot.topologies import AotError, one_chip
+from engine.aot.topologies import AotError, first_lines, one_chip
 from pallas_kernels.paged_attention import (
     Backend,
     Ragged,
@@ -130,7 +130,7 @@ def examine(case: Case, topology: str, backend: Backend = "tpu") -> Kernel:
     try:
         compiled = compile_case(case, topology, backend)
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError, TypeError) as error:
-        raise AotError(f"{where}: {type(error).__name__}: {error}") from None
+        raise AotError(f"{where}: {type(error).__name__}: {first_lines(error)}") from None
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
@@ -180,9 +180,6 @@ def compile_case(case: Case, topology: str, backend: Backend = "tpu") -> jax.sta
         block_size=case.block_size,
         dtype=case.dtype,
         cache_dtype=case.cache_dtype,
-        window=case.window,
-        softcap=case.softcap,
-        sinks=case.sinks,
     )
     sharding = NamedSharding(mesh, P())
 

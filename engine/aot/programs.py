@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from engine.aot import hlo
-from engine.aot.topologies import AotError, generation
+from engine.aot.topologies import AotError, first_lines, generation
 from engine.config import Architecture, Backend, Config, ConfigError, resolve_source
 from engine.loading import check_attention, make_limits, runner_shape
 from engine.memory_plan import kv_copies
@@ -104,7 +104,7 @@ def step_of(
     limits = make_limits(config, arch, "", backend=resolved)
     mesh = make_mesh(config.mesh, arch, devices)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # names the kernels' target
-        check_attention(config, arch, resolved, limits)
+        check_attention(config, arch, resolved)
     arch = with_kv_copies(arch, kv_copies(arch, tensor))
     model = abstract_decoder(arch, jnp.dtype(config.model.dtype))
     kv_scales = None
@@ -136,7 +136,7 @@ def compile_program(step: Step, bucket: Bucket, topology: str) -> Program:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # names the kernels' target
             compiled = step.lower(bucket, "tpu").compile()
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
-        raise AotError(_first_lines(error)) from None
+        raise AotError(first_lines(error)) from None
     seconds = time.perf_counter() - start
     memory, text = compiled.memory_analysis(), compiled.as_text()
     assert memory is not None
@@ -172,6 +172,10 @@ def compile_program(step: Step, bucket: Bucket, topology: str) -> Program:
             num_elements=pool_elements,
             num_bytes=kv_bytes + state_bytes,
             smallest=pool_elements // num_layers,
+            weight_shapes={
+                weight.sharding.shard_shape(weight.shape)
+                for weight in jax.tree.leaves(step.weights)
+            },
         ),
     )
 
@@ -182,10 +186,6 @@ def bytes_per_chip(tree: object) -> int:
         math.prod(part.sharding.shard_shape(part.shape)) * part.dtype.itemsize
         for part in jax.tree.leaves(tree)
     )
-
-
-def _first_lines(error: Exception) -> str:
-    return " ".join(str(error).split("\n")[:3])
 
 
 def _architecture(config: Config) -> Architecture:

@@ -59,13 +59,20 @@ def program(path: Path, topology: str, which: int, backend: Backend) -> Outcome:
     """Compile the largest decode step (0) or prefill step (1) of a config."""
     from engine.aot import programs
     from engine.config import ConfigError, load
+    from engine.weights import WeightsError
 
     name = f"{path.stem} on {topology}, {('decode', 'prefill')[which]}"
     try:
         step, buckets = programs.step_of(load(path), describe(topology).devices, backend)
-        bucket = programs.largest_buckets(buckets)[which]
+        largest = programs.largest_buckets(buckets)
+        if which >= len(largest):
+            raise AotError(
+                "it has no prefill bucket, as none may have more than one token; raise "
+                "scheduler.max_step_tokens or buckets.prefill_tokens"
+            )
+        bucket = largest[which]
         done = programs.compile_program(step, bucket, topology)
-    except (AotError, ConfigError) as error:
+    except (AotError, ConfigError, WeightsError) as error:
         return Outcome("programs", 0, [str(error)], name)
     sizes = ", ".join(
         f"{what} {_gib(size)}"

@@ -17,7 +17,7 @@ from typing import NamedTuple
 import msgspec
 
 from engine.aot import bundles
-from engine.aot.topologies import AotError, one_chip, prepare_environment
+from engine.aot.topologies import AotError, first_lines, one_chip, prepare_environment
 
 TOPOLOGY = "v6e:2x2"
 HEAD_DIM = 128
@@ -90,6 +90,7 @@ def count(decode: Decode, folder: Path) -> Counted:
             width=HEAD_DIM,
             block=decode.block_size,
             dtype=jnp.dtype(case.cache_dtype),
+            out_dtype=jnp.dtype(case.dtype),
             tile=0,
         )
         cost = bundles.token_cost(
@@ -175,6 +176,9 @@ def main(arguments: list[str] | None = None) -> int:
         except AotError as error:
             print(f"aot: {error}", file=sys.stderr)
             return 2
+
+        import jax  # only once the environment is set
+
         print(f"bundles for each token of context: decode, bfloat16, {TOPOLOGY.split(':')[0]}")
         failures = 0
         for index, decode in enumerate(decodes):
@@ -182,8 +186,8 @@ def main(arguments: list[str] | None = None) -> int:
                 continue
             try:
                 cost, loops = (count_jax if options.baseline else count)(decode, folder)
-            except (bundles.ScheduleError, ValueError) as error:
-                print(f"{decode!s:28} FAILED: {error}", flush=True)
+            except (ValueError, NotImplementedError, jax.errors.JaxRuntimeError) as error:
+                print(f"{decode!s:28} FAILED: {first_lines(error)}", flush=True)
                 failures += 1
                 continue
             fails = cost.total > decode.max_bundles or cost.spills > decode.max_spills

@@ -35,8 +35,8 @@ class Generation(NamedTuple):
       name: as topologies are named.
       smallest: the smallest topology that libtpu knows of it.
       hbm_bytes: memory of one device that programs may use, as the compiler says when one
-        doesn't fit (libtpu 0.0.52); a little less than what is advertised. A v4 or tpu7x chip
-        is two devices, its TensorCores, each with half of the chip's memory.
+        doesn't fit (libtpu 0.0.50.1); a little less than what is advertised. A v4
+        or tpu7x chip is two devices, its TensorCores, each with half of the chip's memory.
     """
 
     name: str
@@ -92,6 +92,11 @@ def prepare_environment(dump_to: str = "") -> None:
         )
 
 
+def first_lines(error: Exception) -> str:
+    """What a compiler's error says first, in one line; the rest is advice and its own stack."""
+    return " ".join(line.strip() for line in str(error).split("\n")[:3])
+
+
 @functools.cache
 def describe(topology: str):
     """jax's description of a topology, which has its devices.
@@ -106,7 +111,9 @@ def describe(topology: str):
     try:
         return topologies.get_topology_desc(platform="tpu", topology_name=topology)
     except (jax.errors.JaxRuntimeError, NotImplementedError, ValueError) as error:
-        raise AotError(f"libtpu doesn't know the topology {topology!r}: {error}") from None
+        raise AotError(
+            f"libtpu doesn't know the topology {topology!r}: {first_lines(error)}"
+        ) from None
 
 
 def one_chip(topology: str) -> Mesh:

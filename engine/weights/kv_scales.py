@@ -24,6 +24,9 @@ from engine.config import (
 TENSOR = "kv_scales"
 LARGEST: Mapping[str, float] = {"int8": 127.0, "float8_e4m3fn": 448.0}
 """The largest value that each 8-bit dtype holds."""
+SMALLEST_SCALE, LARGEST_SCALE = 1e-20, 1e20
+"""No model comes near them. A cache multiplies by a scale and by its reciprocal, both float32:
+the reciprocal of a subnormal scale is infinite, and that of a huge one makes zeros of all."""
 
 
 def load_scales(config: Config, arch: Architecture) -> np.ndarray | None:
@@ -53,7 +56,7 @@ def read_scales(path: Path, arch: Architecture, dtype: CacheDtype) -> np.ndarray
 
     Raises:
       ConfigError: it is missing, is no safetensors file, is for another dtype or another
-        shape of model, or has a scale that is not a finite number above zero.
+        shape of model, or has a scale that is no number from SMALLEST_SCALE to LARGEST_SCALE.
     """
     from safetensors import SafetensorError, safe_open
 
@@ -86,12 +89,14 @@ def read_scales(path: Path, arch: Architecture, dtype: CacheDtype) -> np.ndarray
             scales = file.get_tensor(TENSOR)
     except (SafetensorError, OSError) as error:
         raise refusal(f"is not a safetensors file that can be read ({error}){again}") from None
-    bad = np.argwhere(~(np.isfinite(scales) & (scales > 0)))
+    # NaN is in no range.
+    bad = np.argwhere(~((scales >= SMALLEST_SCALE) & (scales <= LARGEST_SCALE)))
     if len(bad):
         layer, which, head = bad[0].tolist()
         raise refusal(
             f"the scale of layer {layer}, {('keys', 'values')[which]}, KV head {head} is "
-            f"{scales[layer, which, head]}; every one must be finite and above zero{again}"
+            f"{scales[layer, which, head]!s}; every one must be from {SMALLEST_SCALE} to "
+            f"{LARGEST_SCALE}{again}"
         )
     return scales
 
@@ -111,15 +116,17 @@ def scales_of(largest: np.ndarray, dtype: CacheDtype) -> np.ndarray:
       dtype: of the cache, of 8 bits.
 
     Raises:
-      ValueError: a value is not finite: the model overflows in the dtype that it ran in.
+      ValueError: a value is not finite, or too large for any scale: the model overflows in the
+        dtype that it ran in.
     """
-    if not np.isfinite(largest).all():
-        layer = int(np.argwhere(~np.isfinite(largest))[0][0])
+    fitting = largest / LARGEST[dtype]
+    bad = np.argwhere(~(fitting <= LARGEST_SCALE))
+    if len(bad):
         raise ValueError(
-            f"keys or values of layer {layer} are not finite, so there is no scale for them; "
-            "run the model in float32 (--set model.dtype=float32)"
+            f"keys or values of layer {bad[0][0]} are as large as {largest[tuple(bad[0])]:.3g}, "
+            "for which there is no scale; run the model in float32 (--set model.dtype=float32)"
         )
-    fitting = np.maximum(largest / LARGEST[dtype], np.finfo(np.float32).tiny)
+    fitting = np.maximum(fitting, SMALLEST_SCALE)
     # A head that only ever gave zeros is held exactly by any scale.
     return np.where(largest > 0, fitting, 1.0).astype(np.float32)
 

@@ -80,9 +80,8 @@ class NativeCheckpoint:
         stored = self._stored
         import jax
 
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         shape, dtype = stored[name].shape, stored[name].dtype
-        wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=host)}
+        wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._on_host())}
         values = np.asarray(self._load(wanted)[name])
         values = values[layer] if is_stacked(name) else values
         return values if index is None else values[index]
@@ -100,14 +99,13 @@ class NativeCheckpoint:
         total = sum(num_bytes(wanted) for wanted in abstract.values())
         if progress is not None:
             progress(0, total)
-        host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         shapes = native_shapes(self.architecture)
         placed = {
             name: jax.ShapeDtypeStruct(
                 shapes[name],
                 wanted.dtype,
                 # Heads are repeated on the host, where there is room, and placed from there.
-                sharding=host if repeats_heads(name, kv_copies) else placement(wanted),
+                sharding=self._on_host() if repeats_heads(name, kv_copies) else placement(wanted),
             )
             for name, wanted in abstract.items()
         }
@@ -154,6 +152,19 @@ class NativeCheckpoint:
                     tensor=name,
                 )
         return stored
+
+    def _on_host(self) -> jax.sharding.Sharding:
+        """This process's memory, which jax knows as a device of its own."""
+        import jax
+
+        try:
+            return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+        except RuntimeError as error:  # JAX_PLATFORMS leaves the CPU out
+            raise WeightsError(
+                self.path / PARAMS,
+                "has to be read into this machine's own memory first, which jax can't use here "
+                f"({error}); add cpu to JAX_PLATFORMS, such as tpu,cpu",
+            ) from None
 
     def _load(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         ocp = _orbax()

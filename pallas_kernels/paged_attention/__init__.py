@@ -3,7 +3,7 @@
 ``paged_attention`` is the one entry point. It writes the step's keys and values into the
 pool and attends from every token to its sequence's context, which it finds through the block
 table. Backends: ``reference`` (the oracle, plain and slow), ``xla`` (any device), ``tpu``
-(Pallas, Mosaic) and ``gpu`` (Pallas, Mosaic GPU: Hopper and newer).
+(Pallas, Mosaic) and ``gpu`` (Pallas, Mosaic GPU: Hopper only).
 
 Shapes (legend in engine/types.py): T tokens, S sequences, P block-table columns, B tokens a
 block, N query heads, K KV heads, H head dim, W a head's width in the pool.
@@ -18,7 +18,6 @@ all layers is carried through the layer scan without a copy.
 from __future__ import annotations
 
 import importlib
-import re
 from typing import Any, NamedTuple, get_args
 
 import jax
@@ -32,6 +31,7 @@ from pallas_kernels.paged_attention.layout import (
     Shape,
     head_width,
     kv_pool_shape,
+    not_hopper,
 )
 
 __all__ = [
@@ -51,9 +51,6 @@ __all__ = [
 
 DTYPES = ("float32", "bfloat16")  # of queries and output
 CACHE_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "int8")
-
-# As in "NVIDIA H100 80GB HBM3" or "NVIDIA GH200 480GB".
-_HOPPER = re.compile(r"\bG?H\d{2,3}\b")
 
 
 class Resolved(NamedTuple):
@@ -81,8 +78,8 @@ def resolve_backend(name: str, platform: str, device_kind: str = "") -> Resolved
         refusals["tpu"] = f"{device} is not a TPU"
     if not is_gpu:
         refusals["gpu"] = f"{device} is not an NVIDIA GPU"
-    elif not _HOPPER.search(device_kind):
-        refusals["gpu"] = f"{device} is not a Hopper GPU, which the gpu kernels are made for"
+    elif reason := not_hopper(device):
+        refusals["gpu"] = reason
 
     if name == "auto":
         for backend in ("tpu", "gpu"):

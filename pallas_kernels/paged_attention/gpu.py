@@ -8,9 +8,9 @@ al., 2024). In a decode both hold the same rows and take every other buffer, lon
 cut into items of similar length (flash-decoding), and a small kernel joins the parts. With a
 prompt they hold different rows and share the buffers.
 
-Only pages that some query sees are moved, so that a sliding window saves time. Whatever lies
-beyond a sequence's last token, in its last page or in buffers nobody filled, may be NaN: scores
-are replaced there, and values are set to zero before they are multiplied.
+Only pages that some query of an item sees are moved, so that a sliding window saves time. What
+lies before the first position that is seen or after the last, in their pages or in a buffer that
+no page filled, may be NaN: scores are replaced there, values set to zero before the product.
 
 New keys and values are written by an XLA scatter before the kernel runs: it updates the donated
 pool in place (`make gpu-aot` checks that no copy of it is made).
@@ -59,7 +59,8 @@ class _Item(NamedTuple):
     token: jax.Array
     position: jax.Array
     tokens: jax.Array
-    stop: jax.Array  # of the context, in tokens
+    start: jax.Array  # the first position that some query sees
+    stop: jax.Array  # after the last
     first: jax.Array  # tile of the context that some query sees
     end: jax.Array  # after the last; first == end: nothing to do
 
@@ -104,7 +105,9 @@ def attend(
     pages = kv_pool.reshape(-1, 2 * width)  # rows of tokens: page p, head k is rows (p K + k) B …
 
     # Both kernels write the rows of real tokens; a token of no row stays zero.
-    padded_width = -(-width // 128) * 128  # what a warpgroup can hold as a vector
+    # A row of the output is a vector in `_join`, spread over a warpgroup's 128 threads. At head
+    # dim 64 half of it is padding, cut off again in every layer: little beside a layer's KV.
+    padded_width = -(-width // 128) * 128
     shape = (num_tokens, num_kv_heads, plan.group, padded_width)
     out = jax.new_ref(jnp.zeros(shape, q.dtype))
     if work.prompts:
@@ -213,7 +216,8 @@ def _walk_items(plan: Plan, table, count, window, visit, carry):
         first = lax.div(start, plan.tile)
         end = jnp.maximum(lax.div(stop + plan.tile - 1, plan.tile), first)
         end = jnp.where(index < total, end, first)
-        return visit(_Item(item, head, row, token, position, tokens, stop, first, end), carry)
+        seen = _Item(item, head, row, token, position, tokens, start, stop, first, end)
+        return visit(seen, carry)
 
     return lax.fori_loop(0, lax.div(total + blocks - 1, blocks), step, carry)
 
@@ -260,8 +264,9 @@ def _fetch(plan: Plan, walk, block_tables, first_block, queries, pages, buffers:
             source = ((first_block + block) * plan.num_kv_heads + item.head) * block_size
             if block_size > plan.piece:
                 source += lax.div(lax.rem(position, block_size), plan.piece) * plan.piece
+            is_seen = (position < item.stop) & (position + plan.piece > item.start)
 
-            @pl.when(position < item.stop)
+            @pl.when(is_seen)
             def _(piece=piece, source=source):
                 plgpu.copy_gmem_to_smem(
                     pages.at[pl.ds(source, plan.piece)],
@@ -269,7 +274,7 @@ def _fetch(plan: Plan, walk, block_tables, first_block, queries, pages, buffers:
                     buffers.ready.at[stage],
                 )
 
-            @pl.when(position >= item.stop)
+            @pl.when(jnp.logical_not(is_seen))
             def _():
                 plgpu.barrier_arrive(buffers.ready.at[stage])
 
@@ -334,21 +339,20 @@ def _attend_item(plan: Plan, item: _Item, num_tiles, queries, window, factor, bu
     _, stages = plan.buffers
     width, size = plan.width, plan.tile
     position = item.position if plan.is_decode else item.position + group * plan.tile_tokens
-    factor_2 = _LOG2_E if plan.softcap else factor  # from scores to base-2 logarithms
 
     def attend_tile(tile, state, is_masked):
         top, total, acc = state
         stage = lax.rem(num_tiles + tile - item.first, stages)
         plgpu.barrier_wait(buffers.ready.at[stage])
-        left = item.stop - tile * size  # tokens of this tile that exist
+        seen = (item.start - tile * size, item.stop - tile * size)  # tokens of this tile
         keys, values = (buffers.ring.at[stage, :, pl.ds(half * width, width)] for half in (0, 1))
         if plan.is_narrow:
-            keys = _widen(keys, None, buffers, group)
+            keys = _widen(plan, keys, None, buffers, group)
         elif is_masked:
 
-            @pl.when(left < size)
+            @pl.when((seen[0] > 0) | (seen[1] < size))
             def _():
-                _zero_values(plan, values, left, buffers, group)
+                _zero_values(plan, values, seen, buffers, group)
 
         def multiply(scores):
             plgpu.wgmma(scores, queries, keys.transpose((1, 0)))
@@ -356,15 +360,18 @@ def _attend_item(plan: Plan, item: _Item, num_tiles, queries, window, factor, bu
 
         scores = pl.run_scoped(multiply, plgpu.ACC((ROWS, size), jnp.float32))
         if plan.is_narrow:
-            values = _widen(values, left, buffers, group)
+            values = _widen(plan, values, seen, buffers, group)
             plgpu.barrier_arrive(buffers.free.at[stage])
         if plan.softcap:
-            scores = plan.softcap * jnp.tanh(scores * (factor / plan.softcap))
+            scores = plan.softcap * _LOG2_E * jnp.tanh(scores * (factor / plan.softcap))
+        else:
+            scores = scores * factor
+        # They are base-2 logarithms now. A mask before the factor would be undone by a small one.
         if is_masked:
-            visible = _visible(plan, position - tile * size, left, window)
+            visible = _visible(plan, position - tile * size, seen[1], window)
             scores = jnp.where(visible, scores, _MASKED)
-        new_top = jnp.maximum(top, jnp.max(scores, axis=1) * factor_2)
-        weights = jnp.exp2(scores * factor_2 - lax.broadcast_in_dim(new_top, scores.shape, [0]))
+        new_top = jnp.maximum(top, jnp.max(scores, axis=1))
+        weights = jnp.exp2(scores - lax.broadcast_in_dim(new_top, scores.shape, [0]))
         shrink = jnp.exp2(top - new_top)
         total = total * shrink + jnp.sum(weights, axis=1)
         acc = acc * lax.broadcast_in_dim(shrink, acc.shape, [0])
@@ -450,13 +457,13 @@ def _add_product(plan: Plan, acc, weights, values, buffers: Buffers, group):
     return acc + pl.run_scoped(multiply, plgpu.ACC(acc.shape, jnp.float32))
 
 
-def _zero_values(plan: Plan, values, left, buffers: Buffers, group):
-    """Zero the values beyond the last token, which may be NaN."""
+def _zero_values(plan: Plan, values, seen, buffers: Buffers, group):
+    """Zero the values that no query sees, which may be NaN."""
 
     def zero():
         for column in range(0, plan.width, COLUMNS):
             part = values.at[:, pl.ds(column, COLUMNS)]
-            part[...] = _existing(plgpu.layout_cast(part[...], plgpu.Layout.WGMMA), left)
+            part[...] = _seen(plan, plgpu.layout_cast(part[...], plgpu.Layout.WGMMA), seen)
         plgpu.commit_smem()
 
     if plan.is_decode:
@@ -468,8 +475,8 @@ def _zero_values(plan: Plan, values, left, buffers: Buffers, group):
     plgpu.barrier_wait(buffers.together)
 
 
-def _widen(narrow, left, buffers: Buffers, group):
-    """8-bit keys or values as bfloat16, in this warpgroup's own buffer."""
+def _widen(plan: Plan, narrow, seen, buffers: Buffers, group):
+    """8-bit keys or values as bfloat16, in this warpgroup's own buffer; zero but for `seen`."""
     wide = buffers.wide.at[group]
     for column in range(0, narrow.shape[1], COLUMNS):
         part = pl.ds(column, COLUMNS)
@@ -477,15 +484,18 @@ def _widen(narrow, left, buffers: Buffers, group):
         if values.dtype == jnp.float8_e4m3fn:  # Hopper turns it into float16 only
             values = values.astype(jnp.float32)
         values = plgpu.layout_cast(values.astype(jnp.bfloat16), plgpu.Layout.WGMMA)
-        wide.at[:, part][...] = values if left is None else _existing(values, left)
+        wide.at[:, part][...] = values if seen is None else _seen(plan, values, seen)
     plgpu.commit_smem()
     return wide
 
 
-def _existing(values, left):
-    """Values of a tile, zero in the rows from `left` on."""
+def _seen(plan: Plan, values, seen):
+    """Values of a tile, zero in the rows outside the range `seen`."""
     row = plgpu.broadcasted_iota(jnp.int32, values.shape, 0, layout=plgpu.Layout.WGMMA)
-    return jnp.where(row < left, values, jnp.zeros_like(values))
+    is_seen = row < seen[1]
+    if plan.has_window:
+        is_seen &= row >= seen[0]
+    return jnp.where(is_seen, values, jnp.zeros_like(values))
 
 
 def _store_part(plan: Plan, item: _Item, state, outs, buffers: Buffers, group):

@@ -13,7 +13,9 @@ import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.layout import Ragged
 
-THREAD_BLOCKS = 132  # persistent, one a multiprocessor of an H100 or H200
+# Persistent, one a multiprocessor of an H100 SXM, H200 or GH200. It doesn't follow the device: with
+# fewer (H100 PCIe 114, H20 78) some blocks start when others end: right, but uneven.
+THREAD_BLOCKS = 132
 WAVES = 4  # work items a thread block, where there is enough to do
 UNIT = 128  # context tokens: work is cut in multiples of them, and no buffer holds more
 SHORTEST_ITEM = 4  # units, where enough items remain: joining parts costs more than it saves

@@ -6,14 +6,13 @@ Nothing is tuned by tables: buffers are as many as fit beside what must be there
 from __future__ import annotations
 
 import dataclasses
-import re
 from typing import Any, NamedTuple
 
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import jax.numpy as jnp
 
 from pallas_kernels.paged_attention.gpu_items import THREAD_BLOCKS, UNIT
-from pallas_kernels.paged_attention.layout import Shape
+from pallas_kernels.paged_attention.layout import Shape, not_hopper
 
 ROWS = 64  # query rows of a warpgroup: the M of wgmma
 COLUMNS = 64  # of the output that leave shared memory at a time: what a staging buffer holds
@@ -21,12 +20,13 @@ SHARED_MEMORY = 227 * 1024 - 3072  # bytes of a block, less barriers and the com
 
 
 def unsupported(shape: Shape, device_kind: str) -> str | None:
-    """Why this backend can't run `shape`, naming what it can; None if it can."""
-    if device_kind and not re.search(r"\bG?H\d{2,3}\b", device_kind):
-        return (
-            f"the gpu kernels are made of wgmma instructions, which only Hopper has (H100, H200, "
-            f"H20, GH200), not {device_kind}; use the xla backend"
-        )
+    """Why this backend can't run `shape`, naming what it can; None if it can.
+
+    Any Hopper GPU will do, though those with fewer than `THREAD_BLOCKS` multiprocessors (H100
+    PCIe, H20) share the work unevenly.
+    """
+    if device_kind and (reason := not_hopper(device_kind)):
+        return f"{reason}; use the xla backend"
     if shape.cache_dtype not in ("bfloat16", "float8_e4m3fn", "int8"):
         return (
             f"the gpu kernels take a cache of bfloat16, float8_e4m3fn or int8, not "

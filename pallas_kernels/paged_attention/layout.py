@@ -6,12 +6,16 @@ Nothing here computes attention, so that a mistake in one backend can't hide in 
 from __future__ import annotations
 
 import dataclasses
+import re
 from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 Backend = Literal["tpu", "gpu", "xla", "reference"]
+
+# As in "NVIDIA H100 80GB HBM3", "NVIDIA H20" or "NVIDIA GH200 480GB".
+_HOPPER = re.compile(r"\bG?H\d{2,3}\b")
 
 
 class Ragged(NamedTuple):
@@ -59,9 +63,16 @@ class Shape:
     block_size: int  # tokens
     dtype: str  # of queries and output
     cache_dtype: str  # of the pool
-    window: bool = False
-    softcap: bool = False
-    sinks: bool = False
+
+
+def not_hopper(device_kind: str) -> str | None:
+    """Why a GPU can't run the gpu kernels; None if it can.
+
+    They are made of wgmma instructions, which only Hopper has: Blackwell dropped them.
+    """
+    if _HOPPER.search(device_kind):
+        return None
+    return f"{device_kind} is not a Hopper GPU, which the gpu kernels are made for"
 
 
 def head_width(head_dim: int, backend: Backend) -> int:

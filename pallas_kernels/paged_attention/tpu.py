@@ -43,6 +43,7 @@ def attend(
         width=width,
         block=kv_pool.shape[2],
         dtype=kv_pool.dtype,
+        out_dtype=q.dtype,
         tile=0,
         windowed=options.window is not None,
         softcap=options.softcap,
@@ -54,9 +55,7 @@ def attend(
     queries = jnp.pad(queries, ((0, 0), (0, 0), (0, plan.part - width)))
 
     stacked = _stack_heads(_of_decodes(queries, work), plan)
-    result, kv_pool = call(
-        plan, work.decodes, stacked, _of_decodes(words, work), kv_pool, dtype=q.dtype
-    )
+    result, kv_pool = call(plan, work.decodes, stacked, _of_decodes(words, work), kv_pool)
     result = _unstack_heads(result, plan)
     if work.prompts is None:
         is_real = jnp.arange(num_tokens) < work.decodes.offsets[-1]
@@ -68,7 +67,7 @@ def attend(
         padding = -num_tokens % plan.tile
         flat = jnp.pad(queries, ((0, padding), (0, 0), (0, 0))).reshape(-1, num_heads * plan.part)
         by_head = jnp.pad(words, ((0, padding), (0, 0), (0, 0))).transpose(1, 0, 2)
-        result, kv_pool = call(plan, work.prompts, flat, by_head, kv_pool, dtype=q.dtype)
+        result, kv_pool = call(plan, work.prompts, flat, by_head, kv_pool)
         result = result[:num_tokens].reshape(out.shape)
         out = jnp.where(work.in_prompt[:, None, None], result, out)
     return out[..., plan.part - width :], kv_pool
@@ -116,14 +115,13 @@ def _as_words(kv_new: jax.Array) -> jax.Array:
 
 
 def _call(
-    plan: Plan, items: Items, q, words, kv_pool, *, work: Work, first_block, options: Options, dtype
+    plan: Plan, items: Items, q, words, kv_pool, *, work: Work, first_block, options: Options
 ):
     """The kernel over one work list.
 
     Args:
       q: [D, groups, rows, lanes] of decodes, or [T, N * lanes] of tiles.
       words: int32[D, K, 2W] or int32[K, T, 2W], see `_as_words`.
-      dtype: of the output, which is shaped as q.
     """
     ones = jnp.ones((plan.num_kv_heads,), jnp.float32)
     k_scales = ones if options.k_scales is None else options.k_scales
@@ -181,7 +179,7 @@ def _call(
             scratch_shapes=scratch,
         ),
         out_shape=[
-            jax.ShapeDtypeStruct(q.shape, dtype),
+            jax.ShapeDtypeStruct(q.shape, plan.out_dtype),
             jax.ShapeDtypeStruct(kv_pool.shape, kv_pool.dtype),
         ],
         input_output_aliases={len(scalars) + len(inputs) - 1: 1},

@@ -17,7 +17,9 @@ from pallas_kernels.paged_attention.layout import Ragged, Shape, head_width, pro
 
 LANES = 128
 DECODE_ROWS = 8  # decodes a grid step
-DECODE_SLOTS, PROMPT_SLOTS = 3, 2  # fetches in the ring; prompts are bound by products
+DECODE_SLOTS = 3  # fetches in the ring
+PROMPT_SLOTS = 2  # exactly: a tile may read what the one before it writes, and the kernel holds
+# back the next fetch for that, no later ones; prompts are bound by products anyway
 FETCH_BYTES, FETCH_TOKENS = 4 * 2**20, 4096  # of one fetch, at most
 CHUNK = 512  # context tokens in a product; one KV head alone needs more to hide its latency
 MAX_SCORES = 2**19  # of one product, where a chunk can be that short
@@ -101,6 +103,12 @@ def vmem_bytes() -> int:
     return pltpu.get_tpu_info().vmem_capacity_bytes if pltpu.is_tpu_device() else 16 * 2**20
 
 
+def vmem_budget() -> int:
+    """What `Plan.vmem` may come to. The compiler spills, pads and keeps arrays of its own there:
+    it took up to a fifth more than the plan in the shapes that were compiled."""
+    return vmem_bytes() * 3 // 4
+
+
 def query_tile(num_tokens: int) -> int:
     """Tokens of a tile of prompts, a power of two: as many as vector memory has room for.
 
@@ -119,6 +127,7 @@ class Plan:
     width: int  # of a head's keys in the pool
     block: int  # tokens of a page
     dtype: jnp.dtype  # of the pool
+    out_dtype: jnp.dtype
     tile: int  # tokens of a grid step that lie side by side; 0: `DECODE_ROWS` decodes
     windowed: bool = False
     softcap: float | None = None
@@ -228,8 +237,10 @@ class Plan:
         itemsize = product_dtype(self.dtype).itemsize
         sums = rows * (self.lanes + 2 * LANES) * 4
         queries = rows * self.lanes * itemsize
-        blocks = 2 * 2 * queries * (1 if self.tile else DECODE_ROWS)
-        new = 3 * 4 * math.prod(self.new_shape) if self.tile else 0
+        out = rows * self.lanes * self.out_dtype.itemsize
+        blocks = 2 * (queries + out) * (1 if self.tile else DECODE_ROWS)
+        new = 2 * self.tile * self.num_kv_heads * 2 * self.width + math.prod(self.new_shape)
+        new = 4 * new if self.tile else 0
         own = queries if self.tile else 0
         scores = 3 * self.rows * self.chunk * 4
         return math.prod(self.kv_shape) * self.dtype.itemsize + sums + blocks + new + own + scores
@@ -237,26 +248,34 @@ class Plan:
 
 def unsupported(shape: Shape, device_kind: str) -> str | None:
     """Why the kernel can't serve `shape`, or None."""
-    block = shape.block_size
-    if block not in BLOCK_SIZES:
-        return f"blocks of {block} tokens; it takes {', '.join(map(str, BLOCK_SIZES))}"
+    if shape.block_size not in BLOCK_SIZES:
+        return f"blocks of {shape.block_size} tokens; it takes {', '.join(map(str, BLOCK_SIZES))}"
     if shape.head_dim > 256:
         return f"head dim {shape.head_dim}; it takes up to 256"
-    for tile in (0, query_tile(2**20)):
-        plan = Plan(
+    needed = _needed(shape, shape.block_size)
+    if needed <= vmem_budget():
+        return None
+    fitting = [block for block in BLOCK_SIZES if _needed(shape, block) <= vmem_budget()]
+    smaller = f"take blocks of {fitting[-1]} or " if fitting else ""
+    return (
+        f"{shape.num_heads} query and {shape.num_kv_heads} KV heads of {shape.head_dim} with "
+        f"blocks of {shape.block_size} tokens take {needed / 2**20:.1f} MiB of vector memory, but "
+        f"{device_kind or 'the target'} has {vmem_budget() / 2**20:.1f} for it; {smaller}split "
+        "the heads over more chips (mesh.tensor)"
+    )
+
+
+def _needed(shape: Shape, block: int) -> int:
+    """Vector memory for decodes or for the largest tile of prompts, whichever takes more."""
+    return max(
+        Plan(
             num_heads=shape.num_heads,
             num_kv_heads=shape.num_kv_heads,
             width=head_width(shape.head_dim, "tpu"),
             block=block,
             dtype=jnp.dtype(shape.cache_dtype),
+            out_dtype=jnp.dtype(shape.dtype),
             tile=tile,
-        )
-        if plan.vmem > vmem_bytes():
-            return (
-                f"{shape.num_heads} query and {shape.num_kv_heads} KV heads of "
-                f"{shape.head_dim} with blocks of {block} tokens take {plan.vmem / 2**20:.0f} "
-                f"MiB of vector memory, but {device_kind or 'the target'} has "
-                f"{vmem_bytes() / 2**20:.0f} MiB; lower the block size or split the heads over "
-                "more chips (mesh.tensor)"
-            )
-    return None
+        ).vmem
+        for tile in (0, query_tile(2**20))
+    )

@@ -8,11 +8,18 @@ import platform
 import re
 import subprocess
 import sys
+import types
 from pathlib import Path
+from typing import Any
 
+import jax
+import msgspec
 import pytest
 
+from engine.aot import __main__ as command
+from engine.aot import bundles, report, schedule
 from engine.aot.topologies import GENERATIONS, AotError, generation
+from tests.runtime import tiny
 
 ROOT = Path(__file__).resolve().parents[2]
 needs_libtpu = pytest.mark.skipif(
@@ -113,12 +120,64 @@ for program in (through_the_layers, in_place):
 @needs_libtpu
 def test_a_tpu_program_that_copies_the_pool_is_found_out() -> None:
     """As scan input and output the pool is copied; as a carry it is not."""
-    command = [sys.executable, "-c", COPIES_THE_POOL]
-    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
+    script = [sys.executable, "-c", COPIES_THE_POOL]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr
     copied, in_place = done.stdout.splitlines()
     assert re.match(r"through_the_layers [1-9]", copied), copied
     assert in_place.strip() == "in_place 0"
+
+
+COPIES_BLOCKS = """
+from engine.aot.topologies import one_chip, prepare_environment
+prepare_environment()
+import jax
+import jax.numpy as jnp
+from jax.sharding import NamedSharding, PartitionSpec
+from engine.aot import hlo
+
+layers, blocks = 8, 256
+shape = (layers * blocks, 2, 128, 256)
+elements = layers * blocks * 2 * 128 * 256  # of bfloat16: 256 MiB
+replicated = NamedSharding(one_chip("v6e:2x2"), PartitionSpec())
+pool = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated)
+
+def by_layer(pool, sources, targets):
+    def layer(index, pool):
+        first = index * blocks
+        return pool.at[first + targets].set(pool[first + sources])
+    return jax.lax.fori_loop(0, layers, layer, pool)
+
+def at_once(pool, sources, targets):
+    first = jnp.arange(layers)[:, None] * blocks
+    return pool.at[first + targets].set(pool[first + sources])
+
+for program, copies in ((by_layer, 16), (at_once, blocks // 2)):
+    numbers = jax.ShapeDtypeStruct((copies,), jnp.int32, sharding=replicated)
+    traced = jax.jit(program, donate_argnums=0).trace(pool, numbers, numbers)
+    compiled = traced.lower(lowering_platforms=("tpu",)).compile()
+    found = hlo.pool_copies(
+        compiled, num_elements=elements, num_bytes=2 * elements, smallest=elements // layers
+    )
+    temporary = compiled.memory_analysis().temp_size_in_bytes
+    print(program.__name__, temporary, "; ".join(found) or "nothing")
+"""
+
+
+@pytest.mark.aot
+@needs_libtpu
+def test_whole_blocks_are_copied_inside_the_donated_pool_layer_by_layer() -> None:
+    """As docs/kernels.md says, and the reason that there is no kernel for it."""
+    script = [sys.executable, "-c", COPIES_BLOCKS]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    by_layer, at_once = (line.split(maxsplit=2) for line in done.stdout.splitlines())
+    name, temporary, copied = by_layer
+    assert (name, copied) == ("by_layer", "nothing")
+    assert int(temporary) < 2**20
+    name, temporary, copied = at_once  # what would be found otherwise: half of the pool, gathered
+    assert int(temporary) >= 2**27
+    assert "gather makes" in copied
 
 
 @pytest.mark.parametrize("topology", ["v5e", "v5e:", "v9:2x2", "2x4", ""])
@@ -153,6 +212,82 @@ def test_a_config_needs_its_topology() -> None:
     done = run("--config", "configs/llama3-8b-v5e-8.yaml")
     assert done.returncode == 2
     assert "every --config needs a --topology" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--backend", "gpu"), "argument --backend: invalid choice: 'gpu' (choose from"),
+        (("--jobs", "0"), "argument --jobs: 0 is not a number of processes; at least 1 is needed"),
+        (("--jobs", "x"), "argument --jobs: invalid int value: 'x'"),
+    ],
+)
+def test_an_option_that_means_nothing_is_refused_before_anything_runs(
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    arguments: tuple[str, ...],
+    message: str,
+) -> None:
+    def not_refused() -> None:
+        raise AssertionError
+
+    monkeypatch.setattr(command, "prepare_environment", not_refused)
+    with pytest.raises(SystemExit) as ended:
+        command.main(list(arguments))
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+ONE_TOKEN = {"max_step_tokens": 1, "max_num_seqs": 1}
+
+
+@pytest.mark.parametrize(
+    ("changes", "which", "problem"),
+    [
+        ({"model.source": "missing.gguf"}, 0, "missing.gguf: there is no such file or folder"),
+        ({"scheduler": ONE_TOKEN, "buckets": {}}, 1, "no prefill bucket, .*max_step_tokens"),
+        ({"mesh.tensor": 64}, 0, "mesh.tensor is 64, but there are 4 devices"),
+    ],
+)
+def test_a_config_that_can_t_be_compiled_is_a_failure_with_its_reason(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    changes: dict[str, Any],
+    which: int,
+    problem: str,
+) -> None:
+    """This process's devices stand for those of a topology."""
+    folder = tiny.write_model(tmp_path / "model")
+    config = tmp_path / "config.yaml"
+    config.write_bytes(msgspec.yaml.encode(tiny.config_tree(folder, **changes)))
+    devices = types.SimpleNamespace(devices=jax.devices())
+    monkeypatch.setattr(report, "describe", lambda _: devices)
+    outcome = report.program(config, "v5e:2x2", which, "xla")
+    assert outcome.report == f"config on v5e:2x2, {('decode', 'prefill')[which]}"
+    [found] = outcome.problems
+    assert re.search(problem, found)
+    assert "\n" not in found
+
+
+def test_a_schedule_that_the_compiler_refuses_fails_and_the_next_is_counted(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    limits = tmp_path / "limits.yaml"
+    program = "- {num_heads: 8, num_kv_heads: 1, block_size: %d, max_bundles: 9, max_spills: 9}\n"
+    limits.write_text(program % 16 + program % 32)
+
+    def count(decode: schedule.Decode, folder: Path) -> schedule.Counted:
+        if decode.block_size == 16:
+            raise jax.errors.JaxRuntimeError("INTERNAL: Mosaic failed to compile\n and so on")
+        cost = bundles.TokenCost(attend=1.0, issue=0.0, wait=0.0, block=0.0, spills=0)
+        return schedule.Counted(cost, bundles.Loop("0", 0))
+
+    monkeypatch.setattr(schedule, "prepare_environment", lambda **_: None)
+    monkeypatch.setattr(schedule, "count", count)
+    assert schedule.main(["--limits", str(limits)]) == 1
+    _, refused, counted = capsys.readouterr().out.splitlines()
+    assert refused.endswith("FAILED: INTERNAL: Mosaic failed to compile and so on")
+    assert re.search(r" 1\.000 \(limit 9\.0\)", counted)
 
 
 def test_without_libtpu_the_way_out_is_named(tmp_path: Path) -> None:

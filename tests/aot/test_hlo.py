@@ -66,3 +66,12 @@ def test_a_kernel_s_vector_memory_is_read_and_no_other() -> None:
     other = KERNEL.replace("tpu_custom_call", "AllocateBuffer").replace("%attend", "%else")
     assert hlo.kernel_vmem(f"{KERNEL}\n{other}\n") == {"attend.1": 4096}
     assert hlo.kernel_vmem(other) == {}
+
+
+def test_a_copy_of_a_weight_is_no_copy_of_the_pool() -> None:
+    text = (
+        "  %copy.1 = bf16[64,512]{0,1} copy(%lm_head)\n  %copy.2 = bf16[8,4096]{1,0} copy(%pool)\n"
+    )
+    both = hlo._large_results(text, 1024)
+    assert both == ["copy makes 64,512 elements", "copy makes 8,4096 elements"]
+    assert hlo._large_results(text, 1024, {(64, 512)}) == both[1:]

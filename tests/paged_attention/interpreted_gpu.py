@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
 import pytest
@@ -25,6 +27,14 @@ def program(*, decode_only: bool = False) -> Program:
         detect_races=True, on_race="raise", uninitialized_memory="nan"
     )
     return compiled("gpu", interpret=params, decode_only=decode_only)
+
+
+def with_tiny_key_scales(case: Case) -> Case:
+    """A case whose scores are all next to zero, so that a row is the mean of what it sees."""
+    assert case.kv_scales is not None
+    scales = case.kv_scales.copy()
+    scales[0] = 1e-30
+    return dataclasses.replace(case, kv_scales=scales)
 
 
 def run_strictly(case: Case, kept: Program | None = None) -> tuple[np.ndarray, np.ndarray]:

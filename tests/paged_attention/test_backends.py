@@ -84,9 +84,6 @@ def test_xla_and_reference_support_every_feature_and_shape(backend: pa.Backend) 
             head_dim=head_dim,
             block_size=block_size,
             cache_dtype=cache_dtype,
-            window=True,
-            softcap=True,
-            sinks=True,
         )
         pa.check_supported(shape, backend, "any device")
 

@@ -14,7 +14,7 @@ from jax.sharding import AbstractDevice, AbstractMesh
 from pallas_kernels import paged_attention as pa
 from pallas_kernels.paged_attention import gpu, gpu_items
 from pallas_kernels.paged_attention.gpu_plan import ROWS, Plan
-from tests.paged_attention.interpreted_gpu import MARKS, program, run_strictly
+from tests.paged_attention.interpreted_gpu import MARKS, program, run_strictly, with_tiny_key_scales
 from tests.paged_attention.oracle import Case, check, make_case
 
 pytestmark = MARKS
@@ -89,19 +89,32 @@ def test_a_long_context_is_cut_and_joined(
     check(case, *run_strictly(case))
 
 
-def test_blocks_before_the_window_are_not_read() -> None:
-    """A sliding window saves time: NaN in what lies before it would reach the output."""
-    case = case_of([(1, 500), (40, 300)], window=20, num_kv_heads=1)
-    pool = case.pool.copy()
+@pytest.mark.parametrize("pool_dtype", ["bfloat16", "float8_e4m3fn"])
+def test_blocks_before_the_window_are_not_read(pool_dtype: str) -> None:
+    """Neither as pages, whose names lead out of the pool here, nor in a page: NaN would be seen."""
+    case = case_of([(1, 500), (40, 300)], window=20, num_kv_heads=1, pool_dtype=pool_dtype)
+    pool, tables = case.pool.copy(), case.block_tables.copy()
     for row, first_seen in ((0, 481), (1, 281)):
-        for position in range(first_seen // gpu_items.UNIT * gpu_items.UNIT):
+        for position in range(first_seen):
             block, offset = case.place(row, position)
             pool[block, :, offset] = np.nan
+        tables[row, : first_seen // 16] = 10**6
     poisoned = dataclasses.replace(case, pool=pool)
     kept = program()
-    out, _ = run_strictly(poisoned, kept)
+
+    def astray(q, k, v, pool, ragged, *rest):
+        return kept(q, k, v, pool, ragged._replace(block_tables=jnp.asarray(tables)), *rest)
+
+    out, _ = run_strictly(poisoned, astray)
     np.testing.assert_array_equal(out, run_strictly(case, kept)[0])
     assert np.isfinite(out.astype(np.float32)).all()
+
+
+@pytest.mark.parametrize("softcap", [None, 2.0])
+def test_keys_of_a_tiny_scale_are_masked(softcap: float | None) -> None:
+    """The factor of the scores, which it is part of, must not bring hidden ones near the rest."""
+    case = with_tiny_key_scales(case_of(ROWS_OF_ALL_KINDS, pool_dtype="int8", softcap=softcap))
+    check(case, *run_strictly(case))
 
 
 @pytest.mark.parametrize("num_kv_heads", [1, 3, 8])
@@ -232,9 +245,6 @@ SHAPE = pa.Shape(
     block_size=16,
     dtype="bfloat16",
     cache_dtype="bfloat16",
-    window=True,
-    softcap=True,
-    sinks=True,
 )
 
 
@@ -255,8 +265,8 @@ def test_what_the_kernels_take_is_not_refused() -> None:
 @pytest.mark.parametrize(
     ("change", "device", "reason"),
     [
-        ({}, "NVIDIA B200", "only Hopper has"),
-        ({}, "NVIDIA A100-SXM4-40GB", "only Hopper has"),
+        ({}, "NVIDIA B200", "NVIDIA B200 is not a Hopper GPU, which the gpu kernels"),
+        ({}, "NVIDIA A100-SXM4-40GB", "is not a Hopper GPU"),
         ({"cache_dtype": "float32"}, "", "bfloat16, float8_e4m3fn or int8"),
         ({"dtype": "float16"}, "", "bfloat16 or float32 queries"),
         ({"head_dim": 320}, "", "head dims up to 256"),

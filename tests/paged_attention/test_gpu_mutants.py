@@ -1,7 +1,7 @@
 """The tests can fail: each of these mistakes in the GPU kernels is caught in the interpreter.
 
 A mutant is the source itself with one piece replaced. Should a piece no longer occur exactly
-once, the test says so: then write the mutant anew.
+once, the test says so: then write the mutant anew. `make mutants` runs them.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ import jax
 import pytest
 
 from pallas_kernels.paged_attention import gpu
-from tests.paged_attention.interpreted_gpu import MARKS, run_strictly
+from tests.paged_attention.interpreted_gpu import MARKS, run_strictly, with_tiny_key_scales
 from tests.paged_attention.oracle import Case, check, make_case
 
-pytestmark = MARKS
+pytestmark = [pytest.mark.mutants, *MARKS]
 
 SOURCE = Path(gpu.__file__ or "").read_text()
 
@@ -33,9 +33,10 @@ DECODE_MUTANTS = {
     "one block is read for all": ("lax.div(position, block_size), last", "0 * position, last"),
     "all buffers are the first": ("buffers.ring.at[stage, :, pl", "buffers.ring.at[0, :, pl"),
     "values beyond the end stay NaN": (
-        "_zero_values(plan, values, left, buffers, group)\n\n        def",
+        "_zero_values(plan, values, seen, buffers, group)\n\n        def",
         "pass\n\n        def",
     ),
+    "values before the window stay NaN": ("is_seen &= row >= seen[0]", "pass"),
     "a page is not waited for": (
         "plgpu.barrier_wait(buffers.ready.at[stage])",
         "pass",
@@ -67,6 +68,12 @@ PROMPT_MUTANTS = {
         "if False:\n            scores",
     ),
 }
+TINY_SCALES_MUTANTS = {
+    "a small factor of the scores undoes the mask": (
+        "jnp.where(visible, scores, _MASKED)",  # as if it were masked before
+        "jnp.where(visible, scores, _MASKED * factor)",
+    ),
+}
 
 
 def decodes() -> Case:
@@ -81,6 +88,26 @@ def prompts() -> Case:
     return make_case(
         rows, block_size=32, num_kv_heads=1, ratio=3, head_dim=64, dtype="bfloat16", **options
     )
+
+
+def tiny_scales() -> Case:
+    rows = [(1, 20), (5, 130)]
+    return with_tiny_key_scales(
+        make_case(
+            rows, block_size=32, num_kv_heads=1, head_dim=64, dtype="bfloat16", pool_dtype="int8"
+        )
+    )
+
+
+MUTANTS = {
+    name: (make, right, wrong)
+    for make, mutants in (
+        (decodes, DECODE_MUTANTS),
+        (prompts, PROMPT_MUTANTS),
+        (tiny_scales, TINY_SCALES_MUTANTS),
+    )
+    for name, (right, wrong) in mutants.items()
+}
 
 
 @pytest.fixture
@@ -101,16 +128,17 @@ def mutate(right: str, wrong: str) -> str:
     return SOURCE.replace(right, wrong)
 
 
-@pytest.mark.parametrize("make", [decodes, prompts])
+@pytest.mark.parametrize("make", [decodes, prompts, tiny_scales])
 def test_the_kernels_themselves_pass(make: Callable[[], Case], kernel: types.ModuleType) -> None:
     execute(SOURCE, kernel)
     check(make(), *run_strictly(make()))
 
 
-@pytest.mark.parametrize("name", DECODE_MUTANTS | PROMPT_MUTANTS)
+@pytest.mark.parametrize("name", MUTANTS)
 def test_a_mistake_is_caught(name: str, kernel: types.ModuleType) -> None:
-    case = decodes() if name in DECODE_MUTANTS else prompts()
-    execute(mutate(*(DECODE_MUTANTS | PROMPT_MUTANTS)[name]), kernel)
+    make, right, wrong = MUTANTS[name]
+    case = make()
+    execute(mutate(right, wrong), kernel)
     # What fails inside the interpreter comes out as a JaxRuntimeError.
     with pytest.raises((AssertionError, jax.errors.JaxRuntimeError)):
         check(case, *run_strictly(case))

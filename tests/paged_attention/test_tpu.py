@@ -6,6 +6,7 @@ import itertools
 from collections.abc import Iterable
 from typing import Any
 
+import jax.numpy as jnp
 import pytest
 
 from pallas_kernels import paged_attention as pa
@@ -199,6 +200,7 @@ def test_only_pages_that_the_window_reaches_are_fetched(
         ({"block_size": 8}, "blocks of 8 tokens; it takes 16, 32, 64, 128, 256"),
         ({"head_dim": 320}, "head dim 320; it takes up to 256"),
         ({"num_heads": 128, "num_kv_heads": 128, "block_size": 256}, "vector memory.*mesh.tensor"),
+        ({"num_kv_heads": 32, "block_size": 256}, "; take blocks of 128 or split the heads"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_way_out(change: dict[str, Any], reason: str) -> None:
@@ -228,7 +230,8 @@ def test_sizes_keep_within_the_target_s_vector_memory(
         num_kv_heads=num_kv_heads,
         width=128,
         block=block,
-        dtype=tpu_plan.jnp.dtype("bfloat16"),
+        dtype=jnp.dtype("bfloat16"),
+        out_dtype=jnp.dtype("bfloat16"),
         tile=min(tile, 2 * vmem),
     )
     ring = plan.slots * plan.fetch * plan.token_bytes

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import re
 from pathlib import Path
 from typing import Any
 
@@ -67,10 +68,15 @@ def test_a_file_of_another_maker_that_does_not_say_its_dtype_is_taken(path: Path
             encode_scales(GOOD, "float8_e4m3fn"),
             "for a cache of float8_e4m3fn, .*cache.dtype is int8",
         ),
-        (encode_scales(with_one(0.0), "int8"), "layer 3, values, KV head 2 is 0.0; .* above zero"),
+        (encode_scales(with_one(0.0), "int8"), "layer 3, values, KV head 2 is 0.0; .* 1e-20"),
         (encode_scales(with_one(-1.0), "int8"), "layer 3, values, KV head 2 is -1.0"),
         (encode_scales(with_one(np.nan), "int8"), "layer 3, values, KV head 2 is nan"),
         (encode_scales(with_one(np.inf), "int8"), "layer 3, values, KV head 2 is inf"),
+        # Finite and above zero, but 1 / 1e-45 is infinite, and 0 times that is no number …
+        (encode_scales(with_one(1e-45), "int8"), r"KV head 2 is 1e-45; .* from 1e-20 to 1e\+20"),
+        (encode_scales(with_one(1e-38), "int8"), r"KV head 2 is 1e-38; .* from 1e-20 to 1e\+20"),
+        # … and everything divided by 3e38 is 0.
+        (encode_scales(with_one(3e38), "int8"), r"KV head 2 is 3e\+38; .* from 1e-20 to 1e\+20"),
     ],
 )
 def test_a_file_that_does_not_fit_is_refused_by_name(
@@ -124,13 +130,20 @@ def test_the_largest_value_seen_is_the_largest_that_the_dtype_holds(dtype: Cache
     np.testing.assert_allclose(largest / scales, float(info.max), rtol=1e-6)
 
 
-def test_scales_are_above_zero_whatever_was_seen() -> None:
-    for value in (0.0, 1e-45, 3e38):
-        scales = scales_of(np.full(SHAPE, value), "int8")
-        assert (scales > 0).all()
-        assert np.isfinite(scales).all()
-    with pytest.raises(ValueError, match=r"layer 3 are not finite, .*model\.dtype=float32"):
-        scales_of(with_one(np.nan), "int8")
+def test_scales_that_are_found_are_scales_that_are_taken(path: Path) -> None:
+    for value in (0.0, 1e-45, 1e-20, 1.0, 1e20):
+        path.write_bytes(encode_scales(scales_of(np.full(SHAPE, value), "int8"), "int8"))
+        assert (read_scales(path, ARCH, "int8") > 0).all()
+    for value in (np.nan, np.inf, 3e38):
+        message = rf"layer 3 .* {re.escape(f'{value:.3g}')}, .*model\.dtype=float32"
+        with pytest.raises(ValueError, match=message):
+            scales_of(with_one(value), "int8")
+
+
+def test_scales_on_the_edges_of_the_band_are_taken(path: Path) -> None:
+    for value in (1e-20, 1e20):
+        path.write_bytes(encode_scales(with_one(value), "int8"))
+        assert read_scales(path, ARCH, "int8")[3, 1, 2] == np.float32(value)
 
 
 def test_fingerprints_tell_scales_apart() -> None:

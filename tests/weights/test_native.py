@@ -21,6 +21,7 @@ from engine.weights import (
     native_shapes,
     open_checkpoint,
     save,
+    with_kv_copies,
 )
 from tests.weights.checkpoints import LLAMA, random_tensors, read_all, write_folder, write_gguf
 
@@ -85,6 +86,28 @@ def test_single_reads_equal_the_source_and_its_parts(folder, converted):
         checkpoint.read("layers.k_proj.kernel", 1, index),
         source.read("layers.k_proj.kernel", 1, index),
     )
+
+
+def test_only_repeated_heads_need_the_cpu_as_a_jax_device(converted, monkeypatch):
+    """JAX_PLATFORMS=tpu leaves it out, and then jax raises what is raised here."""
+
+    def only_tpus(*, backend: str) -> Any:
+        raise RuntimeError(f"Unknown backend {backend}")
+
+    checkpoint = open_checkpoint(converted)
+    expected = read_all(checkpoint)
+    monkeypatch.setattr(jax, "local_devices", only_tpus)
+    params = load_params(checkpoint, abstract(checkpoint))
+    for name, values in params.items():
+        np.testing.assert_array_equal(values, expected[name], err_msg=name)
+    twice = native_shapes(with_kv_copies(checkpoint.architecture, 2))
+    wanted = {name: jax.ShapeDtypeStruct(shape, "float32") for name, shape in twice.items()}
+    for load in (
+        lambda: load_params(checkpoint, wanted, kv_copies=2),
+        lambda: checkpoint.read("final_norm.scale"),
+    ):
+        with pytest.raises(WeightsError, match=r"add cpu to JAX_PLATFORMS, such as tpu,cpu"):
+            load()
 
 
 def test_the_dtype_written_is_the_one_asked_for(folder, tmp_path):
