@@ -389,9 +389,10 @@ def _quiet_libtpu(root: Path = Path("/")) -> None:
     except OSError:
         return
     if bus and not files and not any(vendor.strip() == "0x1ae0" for vendor in bus):  # Google's
-        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
-        os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-1")
-        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        from engine.aot.topologies import NO_TPU
+
+        for name, value in NO_TPU.items():
+            os.environ.setdefault(name, value)
 
 
 def main() -> None:

@@ -14,14 +14,14 @@ from typing import TYPE_CHECKING, NamedTuple
 if TYPE_CHECKING:
     from jax.sharding import Mesh
 
-# What makes libtpu compile without a chip. The last two only silence its warnings.
-ENVIRONMENT = {
-    "JAX_PLATFORMS": "cpu",
+# What tells libtpu not to look for a chip. The last two only silence its warnings.
+NO_TPU = {
     "TPU_SKIP_MDS_QUERY": "1",
-    "ALLOW_MULTIPLE_LIBTPU_LOAD": "true",
     "TPU_ACCELERATOR_TYPE": "v5litepod-1",
     "TPU_WORKER_HOSTNAMES": "localhost",
 }
+# What makes it compile without one.
+ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "ALLOW_MULTIPLE_LIBTPU_LOAD": "true", **NO_TPU}
 
 
 class AotError(RuntimeError):

@@ -142,8 +142,9 @@ def _call(
         inputs.append(by_row(options.sinks * _LOG2E))
         whole.append(pl.BlockSpec(inputs[-1].shape, lambda i, *_: (0, 0, 0)))
     # Tables stay in the device's memory, however large: each fetch takes its part of a row.
-    tables = jnp.pad(first_block + work.block_tables, ((0, 0), (0, plan.table_padding)))
-    inputs += [tables.reshape(-1, 1, plan.table_lanes), kv_pool]
+    # Only the addition differs from layer to layer: the rest leaves the layer loop.
+    tables = jnp.pad(work.block_tables, ((0, 0), (0, plan.table_padding)))
+    inputs += [first_block + tables.reshape(-1, 1, plan.table_lanes), kv_pool]
     if plan.tile:
         q_spec = pl.BlockSpec((plan.tile, q.shape[1]), lambda i, *_: (i, 0))
         new_spec = pl.BlockSpec(
