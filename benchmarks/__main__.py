@@ -9,6 +9,8 @@ from typing import Annotated
 import cyclopts
 from cyclopts import Parameter
 
+from engine.aot.topologies import quiet_libtpu
+
 RESULTS = Path("build") / "benchmarks"
 
 SEVERAL = Parameter(consume_multiple=True, negative=())
@@ -90,6 +92,7 @@ def everything() -> int:
 
 
 if __name__ == "__main__":
+    quiet_libtpu()
     try:
         sys.exit(app() or 0)
     except (ValueError, OSError) as error:

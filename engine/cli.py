@@ -169,7 +169,7 @@ def calibrate(
     layers, _, heads = found.scales.shape
     print(
         f"wrote {output}: {found.dtype} scales of {layers} layers x {heads} KV heads, from "
-        f"{found.num_prompts} prompts of {found.num_tokens} tokens; use them with "
+        f"{found.num_prompts} prompts, {found.num_tokens} tokens in all; use them with "
         f"--set cache.dtype={found.dtype} --set cache.scales={output.absolute()}"
     )
     return 0
@@ -379,26 +379,12 @@ def _text(path: Path | None) -> str | None:
     return None if path is None else str(path)
 
 
-def _quiet_libtpu(root: Path = Path("/")) -> None:
-    """Tell libtpu that there is no TPU, where that is certain: it is installed with the
-    development tools, to compile ahead of time, and warns of it at length otherwise."""
-    try:
-        bus = [path.joinpath("vendor").read_text() for path in root.glob("sys/bus/pci/devices/*")]
-        # TPUs' files; a container may have these and hide the bus, or what is on it.
-        files = [*root.glob("dev/accel*"), *root.glob("dev/vfio/[0-9]*")]
-    except OSError:
-        return
-    if bus and not files and not any(vendor.strip() == "0x1ae0" for vendor in bus):  # Google's
-        from engine.aot.topologies import NO_TPU
-
-        for name, value in NO_TPU.items():
-            os.environ.setdefault(name, value)
-
-
 def main() -> None:
     """Run the command line; errors that a user can mend are one line, without a traceback."""
     try:
-        _quiet_libtpu()
+        from engine.aot.topologies import quiet_libtpu
+
+        quiet_libtpu()
         logging.basicConfig(
             level=os.environ.get("OCTAVO_LOG", "WARNING").upper(),
             format="%(levelname)s %(name)s: %(message)s",

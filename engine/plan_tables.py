@@ -44,7 +44,7 @@ def _title(plan: MemoryPlan) -> Text:
         mesh += "s"
     return Text(
         f"{plan.model}: {plan.num_parameters:,} parameters in {plan.dtype}, "
-        f"cache in {plan.cache_dtype}, {mesh}",
+        f"cache in {plan.cache_dtype}, attention {plan.attention}, {mesh}",
         style="bold",
     )
 
@@ -69,8 +69,7 @@ def _memory(plan: MemoryPlan) -> Table:
     if plan.kv_copies > 1:
         note += f", each KV head on {plan.kv_copies} chips"
     if plan.cache_width != plan.head_dim:
-        note += f", heads padded from {plan.head_dim} to {plan.cache_width} (attention "
-        note += f"{plan.attention})"
+        note += f", heads padded from {plan.head_dim} to {plan.cache_width}"
     row("KV of a token", plan.kv_bytes_per_token_per_chip, note)
     row("block", plan.block_bytes_per_chip, f"{plan.block_size} tokens")
     row("pool, as configured", plan.config_pool_bytes_per_chip, f"{plan.config_blocks:,} blocks")

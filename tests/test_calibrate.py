@@ -127,8 +127,9 @@ def test_the_command_writes_a_file_that_the_engine_takes(
     ended = octavo(*arguments, "--dtype", "float8_e4m3fn")
     assert ended.code == 0
     assert re.fullmatch(
-        rf"wrote {output}: float8_e4m3fn scales of 2 layers x 2 KV heads, from 4 prompts of 132 "
-        rf"tokens; use them with --set cache.dtype=float8_e4m3fn --set cache.scales={output}\n",
+        rf"wrote {output}: float8_e4m3fn scales of 2 layers x 2 KV heads, from 4 prompts, 132 "
+        rf"tokens in all; use them with --set cache.dtype=float8_e4m3fn "
+        rf"--set cache.scales={output}\n",
         ended.out,
     )
     assert "Calibrating …" in ended.err

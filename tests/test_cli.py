@@ -13,6 +13,7 @@ from typing import Any
 import pytest
 
 from engine import __version__, cli
+from engine.aot import topologies
 from engine.loading import use_compile_cache
 from engine.weights import open_checkpoint
 from tests.command_line import CommandLine, Ended
@@ -255,7 +256,7 @@ def test_libtpu_is_only_told_that_there_is_no_tpu_where_that_is_certain(
         (tmp_path / file).touch()
     environment: dict[str, str] = {}
     monkeypatch.setattr(os, "environ", environment)
-    cli._quiet_libtpu(tmp_path)
+    topologies.quiet_libtpu(tmp_path)
     assert ("TPU_SKIP_MDS_QUERY" in environment) == is_quiet
     assert len(environment) == (3 if is_quiet else 0)
 
@@ -263,7 +264,7 @@ def test_libtpu_is_only_told_that_there_is_no_tpu_where_that_is_certain(
 def test_libtpu_is_silent_where_there_is_no_tpu() -> None:
     """It is among the development tools, and JAX asks it for devices whenever it is there."""
     quiet = {name: os.environ[name] for name in os.environ if not name.startswith(("JAX", "TPU"))}
-    code = "from engine import cli; cli._quiet_libtpu(); import jax; jax.devices()"
+    code = "from engine.aot import topologies as t; t.quiet_libtpu(); import jax; jax.devices()"
     ended = subprocess.run(
         [sys.executable, "-c", code], env=quiet, capture_output=True, text=True, check=True
     )

@@ -74,7 +74,7 @@ class Inputs:
         if self.is_poisoned and self.cache_dtype != "int8":
             held = jnp.asarray(self._held())[:, None, :, None]
             pool = jnp.where(held, pool, jnp.asarray(math.nan, pool.dtype))
-        return pool
+        return _as_held(pool, backend)
 
     def _held(self) -> np.ndarray:
         """bool[L * blocks, B]: what the rows' contexts hold before the step, in every layer."""
@@ -172,7 +172,13 @@ def written_pool(inputs: Inputs, backend: pa.Backend) -> jax.Array:
         ],
         axis=-1,
     )
-    return _write(inputs.pool(backend), new, inputs.ragged)
+    return _write(inputs.pool(backend), _as_held(new, backend), inputs.ragged)
+
+
+def _as_held(values: jax.Array, backend: pa.Backend) -> jax.Array:
+    """Values of the cache's dtype as the backend's pool holds them."""
+    dtype = pa.kv_pool_dtype(values.dtype, backend)
+    return values if dtype == values.dtype else jax.lax.bitcast_convert_type(values, dtype)
 
 
 def count_blocks(workload: Workload, block_size: int) -> int:

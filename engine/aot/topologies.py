@@ -9,6 +9,7 @@ from __future__ import annotations
 import functools
 import importlib.util
 import os
+from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 if TYPE_CHECKING:
@@ -68,6 +69,24 @@ def generation(topology: str) -> Generation:
         f"{topology!r} is no topology; write GENERATION:SHAPE, such as v5e:2x4 or v5p:2x2x2, with "
         f"one of {', '.join(known.name for known in GENERATIONS)}"
     )
+
+
+def quiet_libtpu(root: Path = Path("/")) -> None:
+    """Tell libtpu that there is no TPU, where that is certain, before jax is imported: it is
+    installed with the development tools, JAX asks it for devices, and it warns at length.
+
+    Args:
+      root: of the file system.
+    """
+    try:
+        bus = [path.joinpath("vendor").read_text() for path in root.glob("sys/bus/pci/devices/*")]
+        # TPUs' files; a container may have these and hide the bus, or what is on it.
+        files = [*root.glob("dev/accel*"), *root.glob("dev/vfio/[0-9]*")]
+    except OSError:
+        return
+    if bus and not files and not any(vendor.strip() == "0x1ae0" for vendor in bus):  # Google's
+        for name, value in NO_TPU.items():
+            os.environ.setdefault(name, value)
 
 
 def prepare_environment(dump_to: str = "") -> None:

@@ -18,6 +18,7 @@ from pallas_kernels.paged_attention import (
     Resolved,
     Shape,
     check_supported,
+    kv_pool_dtype,
     kv_pool_shape,
     resolve_backend,
 )
@@ -28,6 +29,7 @@ __all__ = [
     "Resolved",
     "Shape",
     "check_supported",
+    "kv_pool_dtype",
     "kv_pool_shape",
     "resolve_backend",
 ]

@@ -17,7 +17,7 @@ from jax.sharding import Mesh
 
 from engine.core import batching
 from engine.model import sampler
-from engine.model.attention import Attention, Ragged, kv_pool_shape
+from engine.model.attention import Attention, Ragged, kv_pool_dtype, kv_pool_shape
 from engine.model.decoder import Decoder
 from engine.runtime.mesh import kv_pool_sharding, replicated
 from engine.types import MAX_LOGPROBS, Batch, Bucket, SamplingBatch
@@ -79,7 +79,7 @@ class Step:
                 head_dim=arch.head_dim,
                 backend=attention.backend,
             ),
-            shape.cache_dtype,
+            kv_pool_dtype(shape.cache_dtype, attention.backend),
             sharding=kv_pool_sharding(mesh),
         )
         state = jax.eval_shape(

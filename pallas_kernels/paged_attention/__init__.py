@@ -30,6 +30,7 @@ from pallas_kernels.paged_attention.layout import (
     Ragged,
     Shape,
     head_width,
+    kv_pool_dtype,
     kv_pool_shape,
     not_hopper,
 )
@@ -42,6 +43,7 @@ __all__ = [
     "Shape",
     "check_supported",
     "head_width",
+    "kv_pool_dtype",
     "kv_pool_shape",
     "paged_attention",
     "prepare",
@@ -151,7 +153,8 @@ def paged_attention(
     Args:
       q_TNH, k_TKH, v_TKH: of this step's tokens, rotary positions applied. N is a multiple of
         K: query heads n * N/K … share KV head n.
-      kv_pool: `kv_pool_shape` for this backend, of one of CACHE_DTYPES; donate it.
+      kv_pool: `kv_pool_shape` and `kv_pool_dtype` for this backend and one of CACHE_DTYPES;
+        donate it.
       work: from `prepare`, by the same backend.
       first_block: int32[], the layer's first entry in the pool.
       scale: factor of the scores, usually H ** -0.5. There is no default.
@@ -173,16 +176,21 @@ def paged_attention(
       ValueError: arguments that don't fit each other or the backend.
     """
     _check_shapes(q_TNH, k_TKH, v_TKH, kv_pool, backend)
-    _check_options(q_TNH, kv_pool, window, softcap, sinks_N, kv_scales_2K, backend, interpret)
+    cache_dtype = _cache_dtype(kv_pool, backend)
+    _check_options(q_TNH, k_TKH, cache_dtype, window, softcap, sinks_N, kv_scales_2K)
+    if interpret is not False and backend not in ("tpu", "gpu"):
+        raise ValueError(f"{interpret=} is for the tpu and gpu backends; {backend} has no kernel")
     head_dim, width = q_TNH.shape[-1], kv_pool.shape[3] // 2
     k_scales, v_scales = (None, None) if kv_scales_2K is None else kv_scales_2K
     kv_new = jnp.concatenate(
         (
-            _pad(quantise(k_TKH, kv_pool.dtype, k_scales), width),
-            _pad(quantise(v_TKH, kv_pool.dtype, v_scales), width),
+            _pad(quantise(k_TKH, cache_dtype, k_scales), width),
+            _pad(quantise(v_TKH, cache_dtype, v_scales), width),
         ),
         axis=-1,
     )
+    if kv_new.dtype != kv_pool.dtype:
+        kv_new = jax.lax.bitcast_convert_type(kv_new, kv_pool.dtype)
     options = Options(
         scale=scale,
         window=window,
@@ -260,11 +268,20 @@ def _check_shapes(
             f"{kv_pool.shape=} must be [blocks, {kv_heads}, B, {width}] for the {backend} backend "
             "(or wider), as `kv_pool_shape` makes it"
         )
-    if kv_pool.dtype.name not in CACHE_DTYPES:
-        raise ValueError(f"{kv_pool.dtype=} must be one of {', '.join(CACHE_DTYPES)}")
 
 
-def _check_options(q, kv_pool, window, softcap, sinks, kv_scales, backend, interpret) -> None:
+def _cache_dtype(kv_pool: jax.Array, backend: Backend) -> jnp.dtype:
+    """The dtype of the values that a pool holds."""
+    held = {kv_pool_dtype(dtype, backend): jnp.dtype(dtype) for dtype in CACHE_DTYPES}
+    if kv_pool.dtype not in held:
+        raise ValueError(
+            f"{kv_pool.dtype=} must be one of {', '.join(map(str, held))} for the {backend} "
+            "backend, as `kv_pool_dtype` gives it"
+        )
+    return held[kv_pool.dtype]
+
+
+def _check_options(q, k, cache_dtype, window, softcap, sinks, kv_scales) -> None:
     if window is not None:
         is_scalar = jnp.ndim(window) == 0 and jnp.issubdtype(jnp.result_type(window), jnp.integer)
         if not is_scalar or (isinstance(window, (int, np.integer)) and window < 1):
@@ -273,16 +290,13 @@ def _check_options(q, kv_pool, window, softcap, sinks, kv_scales, backend, inter
         raise ValueError(f"{softcap=} must be positive, or None for none")
     if sinks is not None and (sinks.shape != q.shape[1:2] or sinks.dtype != jnp.float32):
         raise ValueError(f"sinks must be float32[{q.shape[1]}], not {sinks.dtype}{sinks.shape}")
-    is_narrow = kv_pool.dtype.itemsize == 1
+    num_kv_heads = k.shape[1]
     if kv_scales is None:
-        if kv_pool.dtype == jnp.int8:
+        if cache_dtype == jnp.int8:
             raise ValueError("an int8 pool needs kv_scales, float32[2, KV heads]")
-    elif not is_narrow:
-        raise ValueError(f"a {kv_pool.dtype} pool takes no kv_scales; only 8-bit pools do")
-    elif kv_scales.shape != (2, kv_pool.shape[1]) or kv_scales.dtype != jnp.float32:
+    elif cache_dtype.itemsize > 1:
+        raise ValueError(f"a {cache_dtype} pool takes no kv_scales; only 8-bit pools do")
+    elif kv_scales.shape != (2, num_kv_heads) or kv_scales.dtype != jnp.float32:
         raise ValueError(
-            f"kv_scales must be float32[2, {kv_pool.shape[1]}], not "
-            f"{kv_scales.dtype}{kv_scales.shape}"
+            f"kv_scales must be float32[2, {num_kv_heads}], not {kv_scales.dtype}{kv_scales.shape}"
         )
-    if interpret is not False and backend not in ("tpu", "gpu"):
-        raise ValueError(f"{interpret=} is for the tpu and gpu backends; {backend} has no kernel")

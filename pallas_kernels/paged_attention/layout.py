@@ -102,6 +102,25 @@ def kv_pool_shape(
     return (num_layers * num_blocks, num_kv_heads, block_size, width)
 
 
+def kv_pool_dtype(cache_dtype: Any, backend: Backend) -> jnp.dtype:
+    """What the pool is held as: the cache's dtype, or the bits of float8_e4m3fn as uint8.
+
+    Kernels read float8. Where XLA itself gathers and scatters, a CPU has no float8, and XLA
+    would convert the whole pool to a wider dtype and back at each of the two.
+    """
+    dtype = jnp.dtype(cache_dtype)
+    if backend in ("xla", "reference") and dtype == jnp.float8_e4m3fn:
+        return jnp.dtype(jnp.uint8)
+    return dtype
+
+
+def from_bits(kv: jax.Array) -> jax.Array:
+    """What was read from a pool, as values, if the pool holds their bits; see `kv_pool_dtype`."""
+    if kv.dtype == jnp.uint8:
+        return jax.lax.bitcast_convert_type(kv, jnp.float8_e4m3fn)
+    return kv
+
+
 def product_dtype(cache_dtype: Any) -> jnp.dtype:
     """The dtype that matrix products take: the pool's, or bfloat16, which holds every 8-bit value.
 

@@ -42,6 +42,8 @@ def attend(
     kv_pool = kv_pool.at[block, :, ragged.positions % block_size].set(kv_new, mode="drop")
 
     context = kv_pool[first_block + ragged.block_tables[row]]  # [T, P, K, B, 2H]
+    if context.dtype == jnp.uint8:  # the bits of float8
+        context = jax.lax.bitcast_convert_type(context, jnp.float8_e4m3fn)
     context = context.transpose(0, 2, 1, 3, 4).astype(jnp.float32)
     context = context.reshape(num_tokens, num_kv_heads, num_blocks * block_size, 2 * head_dim)
     # Blocks that nobody wrote may hold NaN, and 0 * NaN is NaN.

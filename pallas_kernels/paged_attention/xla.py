@@ -14,7 +14,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.paged_attention.layout import Options, Ragged, Shape, product_dtype
+from pallas_kernels.paged_attention.layout import Options, Ragged, Shape, from_bits, product_dtype
 
 DECODE_GROUP = 16  # rows of one token that go through together
 DECODE_CHUNK = 256  # context tokens gathered at a time for each of them
@@ -229,7 +229,7 @@ def _online_softmax(queries, context, options: Options, num_steps):
     def step(index, carry):
         top, total, acc = carry
         kv, visible = context(index)
-        kv = kv.astype(queries.dtype)
+        kv = from_bits(kv).astype(queries.dtype)
         # Blocks that nobody wrote may hold NaN, and 0 * NaN is NaN.
         kv = jnp.where(jnp.any(visible, axis=-2)[..., None], kv, jnp.zeros((), kv.dtype))
         scores = dot(queries, kv, (((rank,), (rank,)), (batch, batch))) * scale

@@ -381,7 +381,9 @@ def run(
         case.q,
         case.k,
         case.v,
-        widen(case.pool, width, case.held(after=False)),
+        widen(case.pool, width, case.held(after=False)).view(
+            pa.kv_pool_dtype(case.pool.dtype, backend)
+        ),
         case.ragged(),
         jnp.int32(case.first_block),
         None if case.window is None else jnp.int32(case.window),
@@ -390,7 +392,7 @@ def run(
         case.scale,
         case.softcap,
     )
-    wide = np.asarray(wide)
+    wide = np.asarray(wide).view(case.pool.dtype)
     pool = np.concatenate((wide[..., :head_dim], wide[..., width : width + head_dim]), axis=-1)
     padded = widen(pool, width, case.held(after=True))
     assert bits(wide) == bits(padded), "the pool's padding holds what it should not"

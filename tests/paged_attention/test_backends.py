@@ -5,10 +5,12 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 
+from engine.aot.hlo import pool_copies
 from pallas_kernels import paged_attention as pa
 from tests.paged_attention.oracle import make_case
 
@@ -153,6 +155,38 @@ def test_shapes_that_do_not_fit_are_refused(
             )
 
 
+@pytest.mark.parametrize("cache_dtype", pa.CACHE_DTYPES)
+def test_xla_updates_the_pool_in_place(cache_dtype: str) -> None:
+    """It would widen all of a float8 pool, on a CPU, to write and to read a few blocks."""
+    pool = jax.ShapeDtypeStruct(
+        pa.kv_pool_shape(
+            num_layers=1, num_blocks=2048, num_kv_heads=2, block_size=16, head_dim=64, backend="xla"
+        ),
+        pa.kv_pool_dtype(cache_dtype, "xla"),
+    )
+    scales = jnp.ones((2, 2)) if jnp.dtype(cache_dtype).itemsize == 1 else None
+
+    def step(pool, q, k):
+        work = pa.prepare(ragged, block_size=16, max_query_len=4, backend="xla")
+        return pa.paged_attention(
+            q,
+            k,
+            k,
+            pool,
+            work,
+            first_block=jnp.int32(0),
+            scale=1.0,
+            backend="xla",
+            kv_scales_2K=scales,
+        )
+
+    ragged = make_case([(4, 0), (1, 12)], block_size=16).ragged()
+    q, k = (jax.ShapeDtypeStruct((5, heads, 64), jnp.bfloat16) for heads in (4, 2))
+    program = jax.jit(step, donate_argnums=0).lower(pool, q, k).compile()
+    size = pool.size * pool.dtype.itemsize
+    assert pool_copies(program, num_elements=pool.size, num_bytes=size) == []
+
+
 @pytest.mark.parametrize(
     ("pool_dtype", "options", "message"),
     [
@@ -176,8 +210,9 @@ def test_shapes_that_do_not_fit_are_refused(
         ("bfloat16", {"kv_scales_2K": np.ones((2, 2), np.float32)}, "pool takes no kv_scales"),
         ("int8", {}, "an int8 pool needs kv_scales"),
         ("int8", {"kv_scales_2K": np.ones((2, 4), np.float32)}, r"must be float32\[2, 2\], not"),
-        ("float8_e4m3fn", {"kv_scales_2K": np.ones((2, 2), np.int32)}, r"must be float32\[2, 2\]"),
-        ("int32", {}, "must be one of float32, bfloat16, float8_e4m3fn, int8"),
+        ("uint8", {"kv_scales_2K": np.ones((2, 2), np.int32)}, r"must be float32\[2, 2\]"),
+        ("int32", {}, "must be one of float32, bfloat16, uint8, int8 for the"),
+        ("float8_e4m3fn", {}, "must be one of float32, bfloat16, uint8, int8 for the"),
         ("float32", {"interpret": True}, "interpret=True is for the tpu and gpu backends"),
     ],
 )
