@@ -144,7 +144,7 @@ def small_engine(
     dtype: Dtype = "float32",
     cache_dtype: CacheDtype | None = None,
     backend: Backend = "xla",
-    interpret: bool = False,
+    interpret: Any = False,
     scales: Path | None = None,
     tensor: int = 1,
     num_blocks: int = 64,

@@ -10,9 +10,14 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
+import jax.experimental.pallas.mosaic_gpu as plgpu
 import numpy as np
 import pytest
+from jax._src.pallas.mosaic_gpu.interpret.interpret_pallas_call import (
+    reset_gpu_interpret_mode_state,  # has no public name
+)
 
 from engine.config import Backend
 from engine.types import Request, StepPlan
@@ -127,3 +132,36 @@ def test_a_mixed_workload_gives_what_the_xla_backend_gives(
         assert result.num_cached_tokens == expected[name].num_cached_tokens
         for ours, theirs in zip(result.logprobs, expected[name].logprobs, strict=True):
             assert ours.logprob == pytest.approx(theirs.logprob, abs=TOLERANCE), name
+
+
+@pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning")
+def test_the_gpu_kernels_give_what_the_xla_backend_gives() -> None:
+    """They take a cache of bfloat16 at most, so probabilities agree as far as its roundings do."""
+    prompts = golden("llama")["input_ids"]
+    chunks: set[tuple[int, ...]] = set()
+
+    def run(backend: Backend, **interpreter: Any) -> dict[str, Result]:
+        small = small_engine(
+            DATA / "tiny" / "llama",
+            dtype="bfloat16",
+            backend=backend,
+            block_size=BLOCK_SIZE,
+            num_blocks=24,
+            max_model_len=64,
+            **interpreter,
+        )
+        requests = [
+            make_request("long", prompts[0][:44], 2, logprobs=1),  # two chunks
+            make_request("short", prompts[1][:5], 4, logprobs=1),
+        ]
+        return small.run(
+            requests, on_plan=lambda plan, _: chunks.add(tuple(r.num_tokens for r in plan.rows))
+        )
+
+    expected, found = run("xla"), run("gpu", interpret=plgpu.InterpretGPUParams())
+    reset_gpu_interpret_mode_state()
+    assert {(32,), (12, 5), (1, 1)} <= chunks
+    for name, result in found.items():
+        assert result.token_ids == expected[name].token_ids
+        ours, theirs = ([t.logprob for t in r.logprobs] for r in (result, expected[name]))
+        np.testing.assert_allclose(ours, theirs, rtol=0, atol=2**-6)  # logits of four: 8 bits
