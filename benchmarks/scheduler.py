@@ -25,7 +25,8 @@ from engine.bench import machine
 from engine.bench.report import BUSY_CORES
 from engine.config import BucketConfig, SchedulerConfig
 from engine.core import batching, scheduler
-from engine.core.scheduler import Limits, SchedulerState
+from engine.core.limits import Limits
+from engine.core.scheduler import SchedulerState
 from engine.types import Request, SamplingParams, StepPlan, StepTokens
 
 BLOCK_SIZE = 16

@@ -28,7 +28,8 @@ from engine.config import (
     resolve_source,
 )
 from engine.core import batching, scheduler
-from engine.core.scheduler import Limits, SchedulerState
+from engine.core.limits import Limits
+from engine.core.scheduler import SchedulerState
 from engine.generate import LineError, parse_line, replacing
 from engine.llm import AnyPrompt, as_prompt
 from engine.loading import check_attention, load_engine, resolve_attention

@@ -52,20 +52,22 @@ class ServiceError(RuntimeError):
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Delta:
-    """Part of an answer; the parts of a stream, joined in order, are the whole.
+    """Part of an answer; the parts of a stream with the same index, joined, are the whole.
 
     Attributes:
       request_id: the request's name, as `AsyncClient.abort` takes it.
+      index: which of sampling.n answers it belongs to, from 0.
       text: text since the last delta, in whole characters.
       token_ids: tokens since the last delta; text may lag behind them.
       logprobs: one a token, if asked for.
       prompt_logprobs: one a prompt token after the first, if asked for, in the first deltas.
-      finish_reason: why the answer ended; on the last delta only.
+      finish_reason: why the answer ended; on its last delta only.
       stop_reason: the stop string or stop token id that ended it, else None.
       prompt_tokens, cached_tokens, completion_tokens: tokens so far.
     """
 
     request_id: str
+    index: int
     text: str
     token_ids: tuple[int, ...]
     logprobs: tuple[TokenLogprobs, ...]
@@ -236,6 +238,7 @@ def _delta(response: pb.GenerateResponse) -> Delta:
         raise ServiceError(grpc.StatusCode.INTERNAL, str(error)) from None
     return Delta(
         request_id=response.request_id,
+        index=response.index,
         text=response.text,
         token_ids=tuple(response.token_ids),
         logprobs=tuple(map(convert.logprobs_from_proto, response.logprobs)),

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING
 from engine.config import Architecture, Config
 from engine.resolve import Prompt, Resolver, deadline_after, is_quick
 from engine.runtime.loop import EngineLoop, EngineStopped, News, Rejected, StepRecord
-from engine.text import Detokenizer, StopChecker, Tokenizer
+from engine.streams import Delta, Stream, Usage
 from engine.types import (
     Domain,
     FinishReason,
@@ -31,46 +31,12 @@ from engine.types import (
     Request,
     SamplingParams,
     StepOutput,
-    TokenLogprobs,
 )
 
 if TYPE_CHECKING:
     from engine.loading import LoadedEngine
 
 __all__ = ["Delta", "Engine", "EngineStats", "EngineStopped", "ModelInfo", "Prompt", "Usage"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Usage:
-    """Tokens of one request so far; `cached_tokens` of the prompt came from the cache."""
-
-    prompt_tokens: int
-    cached_tokens: int
-    completion_tokens: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Delta:
-    """A piece of one generation. The last has a finish reason; texts add up to the output.
-
-    Attributes:
-      text: new text; it may lag behind the tokens while a character or a possible stop string
-        is incomplete.
-      token_ids: new tokens, the stop token included.
-      logprobs: one a token, if asked for.
-      prompt_logprobs: with the first delta, if asked for: one a prompt token after the first.
-      finish_reason: None while it goes on.
-      stop_reason: the stop string or stop token that ended it, else None.
-      usage: counts so far.
-    """
-
-    text: str
-    token_ids: tuple[int, ...]
-    logprobs: tuple[TokenLogprobs, ...]
-    prompt_logprobs: tuple[TokenLogprobs, ...]
-    finish_reason: FinishReason | None
-    stop_reason: str | int | None
-    usage: Usage
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -110,74 +76,6 @@ class EngineStats:
     uptime_seconds: float
 
 
-class _Stream:
-    """One request's news, between the step loop and the task that reads it.
-
-    News pile up in `pending` only as far as the request's own tokens go, so a slow reader
-    costs one tuple a token and gets them all in one delta.
-
-    Args:
-      key: the request's id in the step loop. It is never used twice, so that news of a request
-        can't reach a later one of the same name.
-    """
-
-    def __init__(self, key: str):
-        self.key = key
-        self.is_aborted = False
-        self.pending: list[StepOutput | Rejected] = []
-        self.arrived = asyncio.Event()
-        self.event_loop = asyncio.get_running_loop()
-        self.num_tokens = 0
-
-    def start(self, request: Request, tokenizer: Tokenizer) -> None:
-        """Get ready for the request's tokens."""
-        sampling = request.sampling
-        self._detokenizer = Detokenizer(tokenizer, request.prompt_ids, sampling.skip_special_tokens)
-        self._stop_checker = StopChecker(sampling.stop)
-
-    def take(self) -> Delta:
-        """Everything that is pending as one delta. Raises the error of a rejection."""
-        outputs, self.pending = self.pending, []
-        self.arrived.clear()
-        token_ids: list[int] = []
-        logprobs: list[TokenLogprobs] = []
-        prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-        text = ""
-        finish_reason: FinishReason | None = None
-        stop_reason: str | int | None = None
-        for output in outputs:
-            if isinstance(output, Rejected):
-                raise output.error
-            last = output
-            token_ids.extend(output.token_ids)
-            logprobs.extend(output.logprobs)
-            prompt_logprobs = prompt_logprobs or output.prompt_logprobs
-            finish_reason = output.finish_reason
-            shown = output.token_ids
-            if finish_reason is FinishReason.STOP and shown:
-                stop_reason, shown = shown[-1], shown[:-1]
-            released, matched = self._stop_checker.push(self._detokenizer.push(shown))
-            text += released
-            if matched is None and finish_reason is not None:
-                released, matched = self._stop_checker.push(self._detokenizer.flush())
-                text += released
-            if matched is not None:
-                finish_reason, stop_reason = FinishReason.STOP, matched
-                break
-        if finish_reason is not None and not isinstance(stop_reason, str):
-            text += self._stop_checker.flush()
-        self.num_tokens += len(token_ids)
-        return Delta(
-            text,
-            tuple(token_ids),
-            tuple(logprobs),
-            prompt_logprobs,
-            finish_reason,
-            stop_reason,
-            Usage(last.num_prompt_tokens, last.num_cached_tokens, self.num_tokens),
-        )
-
-
 class Engine:
     """A loaded model that generates. Make one with `from_config`; close it when done."""
 
@@ -191,7 +89,7 @@ class Engine:
             loaded.architecture.vocab_size,
             loaded.eos_token_ids,
         )
-        self._streams: dict[str, _Stream] = {}
+        self._streams: dict[str, Stream] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._started = time.monotonic()
@@ -256,12 +154,11 @@ class Engine:
         number = next(self._numbers)
         if request_id is None:
             request_id = f"octavo-{number}-{secrets.token_hex(4)}"
-        stream = _Stream(f"{request_id}#{number}")
+        stream = Stream(request_id, number)
         with self._lock:
             if request_id in self._streams:
                 raise InvalidRequest("request_id", f"{request_id!r} is already running")
             self._streams[request_id] = stream
-        ended = True  # in the step loop: it doesn't know the request yet
         try:
             resolve = functools.partial(
                 self._resolver.resolve,
@@ -276,21 +173,19 @@ class Engine:
             request = resolve() if quick else await self._on_thread(resolve)
             stream.start(request, self.tokenizer)
             self._submit(stream, request)
-            ended = False
-            while not ended:
+            while stream.live:
                 await stream.arrived.wait()
-                delta = stream.take()
-                ended = delta.finish_reason is not None
-                if isinstance(delta.stop_reason, str):
-                    # A stop string ends it here first; the step loop learns it now.
-                    self._loop.abort(stream.key, FinishReason.STOP)
-                yield delta
+                for delta in stream.take():
+                    if isinstance(delta.stop_reason, str):
+                        # A stop string ends it here first; the step loop learns it now.
+                        self._loop.abort(stream.key_of(delta.index), FinishReason.STOP)
+                    yield delta
         finally:
             with self._lock:
                 if self._streams.get(request_id) is stream:
                     del self._streams[request_id]
-            if not ended:
-                self._loop.abort(stream.key)
+            for index in stream.live:
+                self._loop.abort(stream.key_of(index))
 
     def abort(self, request_id: str) -> bool:
         """End a request with ABORT. Returns whether it was running; thread-safe."""
@@ -298,7 +193,8 @@ class Engine:
             stream = self._streams.get(request_id)
             if stream is not None and not stream.is_aborted:
                 stream.is_aborted = True
-                self._loop.abort(stream.key)
+                for index in tuple(stream.live):
+                    self._loop.abort(stream.key_of(index))
         return stream is not None
 
     @property
@@ -374,41 +270,48 @@ class Engine:
         if not work.cancelled():
             work.exception()  # seen, even if nobody waits for it any more
 
-    def _submit(self, stream: _Stream, request: Request) -> None:
+    def _submit(self, stream: Stream, request: Request) -> None:
         """Hand a request to the step loop, unless it was aborted in the meantime."""
         with self._lock:
             if not stream.is_aborted:
-                self._loop.submit(request)
+                try:
+                    self._loop.submit(request)
+                except Exception:
+                    stream.live.clear()
+                    raise
                 return
         num_prompt = len(request.prompt_ids)
-        aborted = StepOutput(stream.key, (), FinishReason.ABORT, num_prompt, 0)
-        _distribute([(stream, aborted)])
+        for index, name in enumerate(request.names):
+            stream.put(index, StepOutput(name, (), FinishReason.ABORT, num_prompt, 0))
 
     def _deliver(self, news: News) -> None:
         """Called on the step loop's thread: pass each event loop its news in one go."""
-        by_loop: dict[asyncio.AbstractEventLoop, list[tuple[_Stream, StepOutput | Rejected]]] = {}
+        by_loop: dict[asyncio.AbstractEventLoop, list[_Item]] = {}
         with self._lock:
             for item in news:
-                stream = self._streams.get(item.request_id.rpartition("#")[0])
-                if stream is not None and stream.key == item.request_id:
-                    by_loop.setdefault(stream.event_loop, []).append((stream, item))
+                stream = self._streams.get(Stream.name_of(item.request_id))
+                if stream is None or (index := stream.index_of(item.request_id)) is None:
+                    continue
+                by_loop.setdefault(stream.event_loop, []).append((stream, index, item))
         for event_loop, items in by_loop.items():
             try:
                 event_loop.call_soon_threadsafe(_distribute, items)
             except RuntimeError:  # the event loop is closed: its readers are gone
-                for stream, _ in items:
+                for stream, _, _ in items:
                     self._forget(stream)
 
-    def _forget(self, stream: _Stream) -> None:
+    def _forget(self, stream: Stream) -> None:
         """End a request that nobody will ever read."""
         with self._lock:
-            name = stream.key.rpartition("#")[0]
-            if self._streams.get(name) is stream:
-                del self._streams[name]
-        self._loop.abort(stream.key)
+            if self._streams.get(stream.name) is stream:
+                del self._streams[stream.name]
+        for index in tuple(stream.live):
+            self._loop.abort(stream.key_of(index))
 
 
-def _distribute(items: list[tuple[_Stream, StepOutput | Rejected]]) -> None:
-    for stream, item in items:
-        stream.pending.append(item)
-        stream.arrived.set()
+_Item = tuple[Stream, int, StepOutput | Rejected]
+
+
+def _distribute(items: list[_Item]) -> None:
+    for stream, index, item in items:
+        stream.put(index, item)

@@ -156,13 +156,22 @@ def as_line(index: int, result: Completion | Exception) -> dict[str, Any]:
     """What is written for a result."""
     if isinstance(result, Exception):
         return {"index": index, "error": str(result)}
-    line: dict[str, Any] = {
+    line = {
         "index": index,
+        **_sample(result),
+        "prompt_tokens": result.usage.prompt_tokens,
+        "cached_tokens": result.usage.cached_tokens,
+    }
+    if result.others:
+        line["others"] = [_sample(other) for other in result.others]
+    return line
+
+
+def _sample(result: Completion) -> dict[str, Any]:
+    line: dict[str, Any] = {
         "text": result.text,
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason.value,
-        "prompt_tokens": result.usage.prompt_tokens,
-        "cached_tokens": result.usage.cached_tokens,
     }
     for name in ("logprobs", "prompt_logprobs"):
         if entries := getattr(result, name):

@@ -16,7 +16,8 @@ import numpy as np
 
 from engine import config as config_module
 from engine.config import Config
-from engine.frontend import Engine, ModelInfo, Prompt, Usage
+from engine.frontend import Engine, ModelInfo, Prompt
+from engine.streams import Delta, Usage
 from engine.text import Message
 from engine.types import FinishReason, InvalidRequest, QueueFull, SamplingParams, TokenLogprobs
 
@@ -25,7 +26,10 @@ AnyPrompt = str | Sequence[int] | Sequence[dict[str, str]] | Sequence[Message]
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Completion:
-    """One finished generation; the fields are those of `engine.frontend.Delta`, put together."""
+    """One finished generation; the fields are those of `engine.streams.Delta`, put together.
+
+    `others` are the further samples of the prompt, in order, if `sampling.n` is above 1.
+    """
 
     text: str
     token_ids: tuple[int, ...]
@@ -34,6 +38,7 @@ class Completion:
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    others: tuple[Completion, ...] = ()
 
 
 class LLM:
@@ -183,19 +188,28 @@ class LLM:
                 break
             except QueueFull as error:  # there is always a later
                 await asyncio.sleep(error.retry_after)
-        last = deltas[-1]
-        assert last.finish_reason is not None
-        if last.finish_reason is FinishReason.ERROR:
-            raise RuntimeError("the step that carried this request failed; see the log")
-        return Completion(
-            text="".join(delta.text for delta in deltas),
-            token_ids=tuple(token for delta in deltas for token in delta.token_ids),
-            finish_reason=last.finish_reason,
-            stop_reason=last.stop_reason,
-            usage=last.usage,
-            logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
-            prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
+        first, *others = (
+            _completion([delta for delta in deltas if delta.index == index])
+            for index in range(params.n)
         )
+        return dataclasses.replace(first, others=tuple(others))
+
+
+def _completion(deltas: list[Delta]) -> Completion:
+    """All of one sample, put together."""
+    last = deltas[-1]
+    assert last.finish_reason is not None
+    if last.finish_reason is FinishReason.ERROR:
+        raise RuntimeError("the step that carried this request failed; see the log")
+    return Completion(
+        text="".join(delta.text for delta in deltas),
+        token_ids=tuple(token for delta in deltas for token in delta.token_ids),
+        finish_reason=last.finish_reason,
+        stop_reason=last.stop_reason,
+        usage=last.usage,
+        logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
+        prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
+    )
 
 
 def as_prompt(prompt: AnyPrompt) -> Prompt:

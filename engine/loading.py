@@ -20,7 +20,7 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from engine.config import Architecture, Backend, Config, ConfigError, resolve_source
 from engine.core.batching import bucket_set
-from engine.core.scheduler import Limits
+from engine.core.limits import Limits
 from engine.memory_plan import config_blocks, kv_copies
 from engine.model.attention import Attention, Resolved, Shape, check_supported, resolve_backend
 from engine.model.decoder import abstract_decoder

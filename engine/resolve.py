@@ -12,9 +12,9 @@ import secrets
 from collections.abc import Sequence
 from typing import TypeGuard, cast
 
-from engine.core.scheduler import Limits
+from engine.core.limits import Limits
 from engine.text import Message, Tokenizer, bad_word_ids
-from engine.types import Domain, InvalidRequest, Request, SamplingParams
+from engine.types import Domain, Fork, InvalidRequest, Request, SamplingParams
 
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
 
@@ -44,6 +44,8 @@ class Resolver:
     ) -> Request:
         """Turn what the client gave into what the scheduler takes. Any thread may call it.
 
+        Sample i above 0 is named `request_id` with a dot and i.
+
         Raises:
           InvalidRequest: it can't be served as given.
         """
@@ -64,18 +66,23 @@ class Resolver:
         stop_ids = set(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stop_ids.update(self.eos_token_ids)
+        seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         room = self.limits.max_model_len - len(prompt_ids)
         return Request(
             request_id=request_id,
             prompt_ids=prompt_ids,
             sampling=sampling,
             max_tokens=min(room, sampling.max_tokens or room),
-            seed=secrets.randbits(64) if sampling.seed is None else sampling.seed,
+            seed=seed,
             stop_ids=frozenset(stop_ids),
             bad_word_ids=bad_word_ids(self.tokenizer, sampling.bad_words),
             domain=domain,
             priority=priority,
             deadline=deadline,
+            forks=tuple(
+                Fork(f"{request_id}.{index}", (seed + index) % 2**64)
+                for index in range(1, sampling.n)
+            ),
         )
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:

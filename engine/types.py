@@ -18,11 +18,9 @@ from __future__ import annotations
 import dataclasses
 import enum
 import math
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
-
-Array = Any  # of a batch: numpy.ndarray on the host, jax.Array inside a compiled step
 
 
 class InvalidRequest(ValueError):
@@ -70,6 +68,7 @@ class Domain:
 
 
 # Limits of what one request may ask for. The sampler's device state is sized by them.
+MAX_SAMPLES = 128  # sequences of one prompt
 MAX_LOGPROBS = 20
 MAX_STOP_TOKENS = 16
 MAX_STOP_STRINGS = 16
@@ -105,6 +104,8 @@ class SamplingParams:
         the most likely tokens (0 to MAX_LOGPROBS), before penalties and temperature.
       prompt_logprobs: the same for each prompt token.
       skip_special_tokens: leave tokens such as <|im_end|> out of the text.
+      n: independent sequences from the prompt, which share its cache (1 to MAX_SAMPLES). The
+        i-th draws with seed + i.
     """
 
     max_tokens: int | None = None
@@ -126,6 +127,7 @@ class SamplingParams:
     logprobs: int | None = None
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
+    n: int = 1
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -134,6 +136,7 @@ class SamplingParams:
         _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
         _check_range("presence_penalty", self.presence_penalty, -100.0, 100.0)
         _check_range("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
+        _check_int("n", self.n, 1, MAX_SAMPLES)
         _check_int("top_k", self.top_k, 0, 2**31 - 1)
         _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1)
         if self.max_tokens is not None:
@@ -235,6 +238,13 @@ class SamplerRow(NamedTuple):
     seed_high: int
 
 
+class Fork(NamedTuple):
+    """Another sequence from the same prompt: a name like a request's, and a draw of its own."""
+
+    request_id: str
+    seed: int
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Request:
     """One sequence to generate, as the scheduler takes it: everything is resolved.
@@ -251,6 +261,8 @@ class Request:
       priority: lower runs first; ties go by arrival.
       deadline: time.monotonic() seconds at which the loop aborts it, or None. The scheduler
         has no clock and doesn't read it.
+      forks: further sequences that part from this one where the prompt ends, and share its
+        blocks. They don't ask for the prompt's log-probabilities, which are this one's.
       sampler_row: follows from the rest; None if an argmax is all it takes.
     """
 
@@ -264,6 +276,7 @@ class Request:
     domain: Domain = Domain()
     priority: int = 0
     deadline: float | None = None
+    forks: tuple[Fork, ...] = ()
     sampler_row: SamplerRow | None = dataclasses.field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
@@ -292,6 +305,21 @@ class Request:
         )
         object.__setattr__(self, "sampler_row", row)
 
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The ids of all its sequences, its own first."""
+        return (self.request_id, *(fork.request_id for fork in self.forks))
+
+    def fork(self, fork: Fork) -> Request:
+        """One of `forks` as a request of its own."""
+        return dataclasses.replace(
+            self,
+            request_id=fork.request_id,
+            seed=fork.seed,
+            sampling=dataclasses.replace(self.sampling, prompt_logprobs=None),
+            forks=(),
+        )
+
 
 class BlockCopy(NamedTuple):
     """Copy one physical block onto another, in every layer, before the step writes."""
@@ -303,11 +331,14 @@ class BlockCopy(NamedTuple):
 class PlanRow(NamedTuple):
     """What one sequence does in one step: `num_tokens` positions from `start` on.
 
+    A sequence that parts from another in this step has none yet: it only samples, from the
+    other's logits.
+
     Attributes:
       request: the request, for its sampling parameters.
       slot: the sequence's row in the device state.
       start: first position computed in this step; those before it are in the cache.
-      num_tokens: positions computed, at least one.
+      num_tokens: positions computed, at least one unless it has just parted from another.
       token_ids: their token ids; empty if the only token is the one this slot sampled last,
         which the host may not know yet.
       block_ids: int32[n], read-only: the physical blocks that hold positions
@@ -316,6 +347,7 @@ class PlanRow(NamedTuple):
       output_position: how many tokens were generated before the one sampled here.
       history: None, or the token ids generated so far: the slot is new to the sequence
         (admitted, or resumed after a preemption) and its device state must be set.
+      logits_of: None, or the index of the row in whose last position's logits it samples.
     """
 
     request: Request
@@ -327,6 +359,7 @@ class PlanRow(NamedTuple):
     samples: bool
     output_position: int
     history: tuple[int, ...] | None
+    logits_of: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -335,8 +368,9 @@ class StepPlan:
 
     Attributes:
       step: counts the plans of this scheduler, from 0.
-      rows: decodes first, then chunks of prompts. Empty: nothing can run now.
-      block_copies: to be done before the step's writes (copy-on-write).
+      rows: decodes first, then chunks of prompts, then sequences that part from those.
+        Empty: nothing can run now.
+      block_copies: to be done before the step's writes, all of them at once (copy-on-write).
       preempted: ids of requests that lost their blocks in this step.
     """
 
@@ -395,56 +429,3 @@ class StepOutput(NamedTuple):
     num_cached_tokens: int
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
-
-
-class Bucket(NamedTuple):
-    """The static shape of a compiled step: T tokens, S sequences, P block-table columns."""
-
-    num_tokens: int
-    num_seqs: int
-    num_blocks: int
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SamplingBatch:
-    """How each row of a batch chooses its token. Rows not in `special_rows` are greedy.
-
-    Arrays: S rows, T token positions; padded entries hold neutral values.
-    """
-
-    special_rows: Array  # int32[S]: rows that need more than an argmax, then padding
-    num_special: Array  # int32[]: how many of them count
-    temperature: Array  # float32[S]: 0 is greedy
-    top_k: Array  # int32[S]: 0 is off
-    top_p: Array  # float32[S]
-    min_p: Array  # float32[S]
-    repetition_penalty: Array  # float32[S]
-    presence_penalty: Array  # float32[S]
-    frequency_penalty: Array  # float32[S]
-    edits: Array  # bool[S]: penalties, bias and bad words of the slot apply
-    bans_stops: Array  # bool[S]: the slot's stop tokens can't be chosen yet
-    wants_logprobs: Array  # bool[S]
-    seeds: Array  # uint32[S, 2]: low and high word
-    output_positions: Array  # int32[S]: tokens generated before this one
-    prompt_indices: Array  # int32[T]: which of the T tokens want prompt log-probabilities
-    prompt_targets: Array  # int32[T]: the prompt token after each of them
-    num_prompt_logprobs: Array  # int32[]: how many entries of the two count
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Batch:
-    """One step in static shapes, ready for the device: NumPy on the host, jax inside jit.
-
-    Rows are sequences; their tokens lie one after the other. Padded tokens belong to row S,
-    padded rows have no tokens and no context, and use the sink slot R - 1.
-    """
-
-    token_ids: Array  # int32[T]; -1: what the row's slot sampled last
-    positions: Array  # int32[T]: position in the sequence
-    token_rows: Array  # int32[T]
-    query_starts: Array  # int32[S + 1]: row i has tokens query_starts[i : i + 2]
-    kv_lens: Array  # int32[S]: context after this step's writes, 0 for padding
-    block_tables: Array  # int32[S, P]: physical blocks, 0 beyond the context
-    slots: Array  # int32[S]
-    samples: Array  # bool[S]: whether the row's last token chooses a new one
-    sampling: SamplingBatch

@@ -26,21 +26,15 @@ from engine.config import (
     SchedulerConfig,
 )
 from engine.core import batching, scheduler
-from engine.core.scheduler import Limits, SchedulerState
+from engine.core.batching import Batch
+from engine.core.limits import Limits
+from engine.core.scheduler import SchedulerState
 from engine.memory_plan import kv_copies
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder, abstract_decoder
 from engine.runtime.mesh import make_mesh, weight_shardings
 from engine.runtime.runner import Launched, Runner, RunnerShape
-from engine.types import (
-    Batch,
-    FinishReason,
-    Request,
-    SamplingParams,
-    StepOutput,
-    StepPlan,
-    TokenLogprobs,
-)
+from engine.types import FinishReason, Request, SamplingParams, StepOutput, StepPlan, TokenLogprobs
 from engine.weights import Checkpoint, load_params, open_checkpoint, with_kv_copies
 from engine.weights.kv_scales import read_scales
 
@@ -96,7 +90,7 @@ class SmallEngine:
         """
         limits = limits or self.limits
         assert limits.num_blocks <= self.runner.shape.num_blocks
-        results = {request.request_id: Result() for request in requests}
+        results = {name: Result() for request in requests for name in request.names}
         state = SchedulerState.initial(limits)
         for request in requests:
             state = scheduler.admit(state, limits, request)

@@ -36,8 +36,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": BELOW_SERVE - {"text"},
     "loading": BELOW_SERVE,  # from a config to a warm runner
     "resolve": {"types", "core", "text"},
-    "frontend": BELOW_SERVE | {"loading", "resolve"},
-    "llm": BELOW_SERVE | {"loading", "frontend"},
+    "streams": {"types", "runtime", "text"},
+    "frontend": BELOW_SERVE | {"loading", "resolve", "streams"},
+    "llm": BELOW_SERVE | {"loading", "frontend", "streams"},
     "generate": {"types", "llm"},
     "calibrate": BELOW_SERVE | {"loading", "resolve", "llm", "generate"},
     "aot": BELOW_SERVE | {"loading"},  # compiles what `loading` would start

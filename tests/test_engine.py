@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 
 from engine.config import from_tree
-from engine.core.scheduler import Limits
+from engine.core.limits import Limits
 from engine.frontend import Delta, Engine, EngineStopped, Prompt
 from engine.loading import LoadedEngine, load_engine
 from engine.runtime.event_log import replay

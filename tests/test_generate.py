@@ -207,6 +207,7 @@ def test_every_sampling_field_is_read() -> None:
         "logprobs": 1,
         "prompt_logprobs": 2,
         "skip_special_tokens": False,
+        "n": 3,
     }
     assert fields.keys() == set(SamplingParams.__dataclass_fields__)
     sampling = parse_line(line(prompt="x", **fields), 1, 0).sampling

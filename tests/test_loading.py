@@ -17,7 +17,7 @@ import pytest
 from engine import loading
 from engine.config import Backend, ConfigError, from_tree
 from engine.core.block_keys import child_key, root_key
-from engine.core.scheduler import Limits
+from engine.core.limits import Limits
 from engine.loading import (
     check_attention,
     describe,

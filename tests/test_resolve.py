@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from engine.core.scheduler import Limits
+from engine.core.limits import Limits
 from engine.resolve import QUICK_CHARS, Resolver, deadline_after, is_quick
 from engine.text import Message, Tokenizer
 from engine.types import Domain, InvalidRequest, Request, SamplingParams

@@ -19,11 +19,12 @@ from engine import config as config_module
 from engine import memory_plan
 from engine.config import Architecture, MeshConfig
 from engine.core import batching
+from engine.core.batching import Bucket
 from engine.model.attention import Attention, Shape, check_supported, resolve_backend
 from engine.model.decoder import abstract_decoder
 from engine.runtime.mesh import make_mesh, weight_shardings
 from engine.runtime.runner import Runner, RunnerShape
-from engine.types import Bucket, PlanRow, Request, SamplingParams, StepPlan
+from engine.types import PlanRow, Request, SamplingParams, StepPlan
 
 TARGET = 1.25  # times the streaming time
 PROMPT_TOKENS = 2048  # of one step that fills the cache

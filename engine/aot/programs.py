@@ -17,13 +17,13 @@ import jax.numpy as jnp
 from engine.aot import hlo
 from engine.aot.topologies import AotError, first_lines, generation
 from engine.config import Architecture, Backend, Config, ConfigError, resolve_source
+from engine.core.batching import Bucket
 from engine.loading import check_attention, make_limits, runner_shape
 from engine.memory_plan import kv_copies
 from engine.model.attention import Attention, resolve_backend
 from engine.model.decoder import abstract_decoder
 from engine.runtime.mesh import kv_scales_sharding, make_mesh, weight_shardings
 from engine.runtime.step import Step
-from engine.types import Bucket
 from engine.weights import open_checkpoint, with_kv_copies
 
 

@@ -5,14 +5,73 @@ The only file that pads. Everything is NumPy; a batch depends on its plan alone.
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from engine.config import BucketConfig, SchedulerConfig
-from engine.types import Batch, Bucket, PlanRow, SamplerRow, SamplingBatch, StepPlan
+from engine.types import PlanRow, SamplerRow, StepPlan
+
+Array = Any  # of a batch: numpy.ndarray on the host, jax.Array inside a compiled step
 
 UNKNOWN_TOKEN = -1  # in Batch.token_ids: the token that the row's slot sampled last
+
+
+class Bucket(NamedTuple):
+    """The static shape of a compiled step: T tokens, S sequences, P block-table columns."""
+
+    num_tokens: int
+    num_seqs: int
+    num_blocks: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class SamplingBatch:
+    """How each row of a batch chooses its token. Rows not in `special_rows` are greedy.
+
+    Arrays: S rows, T token positions; padded entries hold neutral values.
+    """
+
+    special_rows: Array  # int32[S]: rows that need more than an argmax, then padding
+    num_special: Array  # int32[]: how many of them count
+    temperature: Array  # float32[S]: 0 is greedy
+    top_k: Array  # int32[S]: 0 is off
+    top_p: Array  # float32[S]
+    min_p: Array  # float32[S]
+    repetition_penalty: Array  # float32[S]
+    presence_penalty: Array  # float32[S]
+    frequency_penalty: Array  # float32[S]
+    edits: Array  # bool[S]: penalties, bias and bad words of the slot apply
+    bans_stops: Array  # bool[S]: the slot's stop tokens can't be chosen yet
+    wants_logprobs: Array  # bool[S]
+    seeds: Array  # uint32[S, 2]: low and high word
+    output_positions: Array  # int32[S]: tokens generated before this one
+    prompt_indices: Array  # int32[T]: which of the T tokens want prompt log-probabilities
+    prompt_targets: Array  # int32[T]: the prompt token after each of them
+    num_prompt_logprobs: Array  # int32[]: how many entries of the two count
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Batch:
+    """One step in static shapes, ready for the device: NumPy on the host, jax inside jit.
+
+    Rows are sequences; their tokens lie one after the other. Padded tokens belong to row S,
+    padded rows have no tokens and no context, and use the sink slot R - 1. Rows that only
+    sample come after those with tokens, and have none and no context either.
+    """
+
+    token_ids: Array  # int32[T]; -1: what the row's slot sampled last
+    positions: Array  # int32[T]: position in the sequence
+    token_rows: Array  # int32[T]
+    query_starts: Array  # int32[S + 1]: row i has tokens query_starts[i : i + 2]
+    kv_lens: Array  # int32[S]: context after this step's writes, 0 for padding
+    block_tables: Array  # int32[S, P]: physical blocks, 0 beyond the context
+    slots: Array  # int32[S]
+    samples: Array  # bool[S]: whether the row chooses a new token
+    logits_tokens: Array  # int32[S]: which of the T tokens' logits it chooses from
+    sampling: SamplingBatch
 
 
 def bucket_set(
@@ -40,15 +99,16 @@ def bucket_set(
         if tokens > 1
     }
     # A step of single tokens fits the largest decode bucket, as decode_seqs ends at
-    # max_num_seqs. Any other has fewer sequences than tokens, so it fits the largest prefill
-    # bucket, as the scheduler's limits do.
-    return tuple(sorted(decode | prefill))
+    # max_num_seqs. Any other fits this one, which has a token more than sequences, lest it be a
+    # decode bucket.
+    largest = Bucket(max(max_tokens, max_seqs + 1), max_seqs, num_blocks)
+    return tuple(sorted(decode | prefill | {largest}))
 
 
 def choose_bucket(plan: StepPlan, buckets: tuple[Bucket, ...]) -> Bucket:
     """The first bucket that holds the plan; a decode bucket only takes single tokens."""
     num_tokens, num_seqs = plan.num_tokens, len(plan.rows)
-    decodes_only = num_tokens == num_seqs
+    decodes_only = all(row.num_tokens <= 1 for row in plan.rows)
     for bucket in buckets:
         is_decode = bucket.num_tokens == bucket.num_seqs
         if (
@@ -73,11 +133,11 @@ def build(plan: StepPlan, buckets: tuple[Bucket, ...], sink_slot: int) -> Batch:
       buckets: as from `bucket_set`.
       sink_slot: the device state's last row, where padded rows write.
     """
-    assert not plan.block_copies, "no plan copies blocks yet, and none may be dropped"
     bucket = choose_bucket(plan, buckets)
     batch = empty(bucket, sink_slot)
     rows, num_rows = plan.rows, len(plan.rows)
-    _, slots, row_starts, lengths, chunks, tables, samples, positions, _ = zip(*rows, strict=True)
+    columns = zip(*rows, strict=True)
+    _, slots, row_starts, lengths, chunks, tables, samples, positions, _, logits_of = columns
     start = np.array(row_starts, np.int32)
     length = np.array(lengths, np.int32)
 
@@ -88,12 +148,19 @@ def build(plan: StepPlan, buckets: tuple[Bucket, ...], sink_slot: int) -> Batch:
     batch.token_rows[:total] = np.repeat(np.arange(num_rows, dtype=np.int32), length)
     first_position = np.repeat(start - starts[:num_rows], length)
     batch.positions[:total] = np.arange(total, dtype=np.int32) + first_position
-    batch.token_ids[:total] = [token for chunk in chunks for token in chunk or (UNKNOWN_TOKEN,)]
-    batch.kv_lens[:num_rows] = start + length
+    batch.token_ids[:total] = [
+        token
+        for chunk, count in zip(chunks, lengths, strict=True)
+        for token in chunk or (UNKNOWN_TOKEN,) * count
+    ]
+    batch.kv_lens[:num_rows] = np.where(length > 0, start + length, 0)
     for index, block_ids in enumerate(tables):
         batch.block_tables[index, : block_ids.size] = block_ids
     batch.slots[:num_rows] = slots
     batch.samples[:num_rows] = samples
+    last = starts[1:] - 1
+    sources = [index if of is None else of for index, of in enumerate(logits_of)]
+    batch.logits_tokens[:num_rows] = last[sources]
     batch.sampling.output_positions[:num_rows] = positions
     _fill_sampling(batch.sampling, rows, starts)
     return batch
@@ -111,6 +178,7 @@ def empty(bucket: Bucket, sink_slot: int) -> Batch:
         block_tables=np.zeros((num_seqs, num_blocks), np.int32),
         slots=np.full(num_seqs, sink_slot, np.int32),
         samples=np.zeros(num_seqs, np.bool_),
+        logits_tokens=np.zeros(num_seqs, np.int32),
         sampling=_neutral_sampling(bucket),
     )
 

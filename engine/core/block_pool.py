@@ -79,6 +79,10 @@ class BlockPool:
         """How many of the blocks are cached: sharing those makes as many fewer available."""
         return sum(block in self._cached for block in blocks)
 
+    def is_shared(self, block: int) -> bool:
+        """Whether a block has more than one owner, so that nobody may write to it."""
+        return self._ref_counts[block] > 1
+
     def share(self, blocks: Sequence[int]) -> None:
         """Add an owner to each block, which must be owned or cached."""
         for block in blocks:

@@ -4,25 +4,20 @@
 one. No clock, no I/O, no jax: the same events give the same plans, which is what replay,
 simulation and multi-host serving rest on.
 
-The policy, in order. Every running sequence whose prompt is done gets one token (decodes
-first, so a long prompt never stalls a stream); then running prompts get chunks; then waiting
-requests are admitted, by priority and arrival, each with blocks for all its known tokens, so
-that only decodes ever need a block on the way. A decode that finds none preempts the
-lowest-ranked running sequence, which is recomputed later. Nothing overtakes the head of the
-queue, so nothing starves.
+What a step does is decided in `planning`.
 """
 
 from __future__ import annotations
 
-import dataclasses
 from typing import NamedTuple
 
+from engine.core import planning
 from engine.core.block_pool import PoolCounts
+from engine.core.limits import MAX_INT32, Limits
 from engine.core.sequences import Core, Sequence
 from engine.types import (
     FinishReason,
     InvalidRequest,
-    PlanRow,
     QueueFull,
     Request,
     StepOutput,
@@ -30,46 +25,6 @@ from engine.types import (
     StepTokens,
     TokenLogprobs,
 )
-
-MAX_INT32 = 2**31 - 1  # block ids, positions and token ids are int32 on the device
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Limits:
-    """What the scheduler may use. Units: blocks, tokens, sequences.
-
-    `fingerprint` names the weights; it goes into every block key.
-
-    Raises:
-      ValueError: a limit is out of range, or a step could not hold one token a sequence.
-    """
-
-    num_blocks: int
-    block_size: int
-    max_num_seqs: int
-    max_step_tokens: int
-    max_model_len: int
-    max_waiting: int = 1024
-    prefix_reuse: bool = True
-    fingerprint: str = ""
-
-    def __post_init__(self) -> None:
-        for name in (
-            "num_blocks",
-            "block_size",
-            "max_num_seqs",
-            "max_step_tokens",
-            "max_model_len",
-            "max_waiting",
-        ):
-            value = getattr(self, name)
-            if not 1 <= value <= MAX_INT32:
-                raise ValueError(f"{name} is {value}; it must be from 1 to {MAX_INT32}")
-        if self.max_step_tokens < self.max_num_seqs:
-            raise ValueError(
-                f"max_step_tokens ({self.max_step_tokens}) is below max_num_seqs "
-                f"({self.max_num_seqs}), so a step could not take one token of each sequence"
-            )
 
 
 class StaleState(RuntimeError):
@@ -93,7 +48,7 @@ class SchedulerState:
     @classmethod
     def initial(cls, limits: Limits) -> SchedulerState:
         """No requests, every block free."""
-        return cls(Core(limits.num_blocks, limits.max_num_seqs))
+        return cls(Core(limits.num_blocks, limits.block_size, limits.max_num_seqs))
 
     def copy(self) -> SchedulerState:
         """An independent, equal state. O(pool)."""
@@ -166,8 +121,16 @@ def admit(state: SchedulerState, limits: Limits, request: Request) -> SchedulerS
         either error.
     """
     num_prompt = len(request.prompt_ids)
-    if request.request_id in state:
-        raise InvalidRequest("request_id", f"{request.request_id!r} is already running")
+    names = request.names
+    for index, name in enumerate(names):
+        if name in state or name in names[:index]:
+            raise InvalidRequest("request_id", f"{name!r} is already running")
+    if len(names) > limits.max_num_seqs:
+        raise InvalidRequest(
+            "n",
+            f"{len(names)} samples of a prompt run at once, but the engine runs at most "
+            f"{limits.max_num_seqs} sequences; lower n or raise scheduler.max_num_seqs",
+        )
     if num_prompt == 0:
         raise InvalidRequest("prompt", "is empty; give at least one token")
     if num_prompt + 1 > limits.max_model_len:
@@ -185,13 +148,13 @@ def admit(state: SchedulerState, limits: Limits, request: Request) -> SchedulerS
         )
     max_total = min(num_prompt + request.max_tokens, limits.max_model_len)
     longest = max_total - 1  # the last token is sampled but never fed back into the cache
-    if _blocks_for(longest, limits) > limits.num_blocks:
+    if -(-longest // limits.block_size) > limits.num_blocks:
         raise InvalidRequest(
             "max_tokens",
             f"prompt and output may reach {longest} tokens, but the whole cache holds "
             f"{limits.num_blocks * limits.block_size}; lower max_tokens or enlarge the cache",
         )
-    if state.num_waiting >= limits.max_waiting:
+    if state.num_waiting + len(request.forks) >= limits.max_waiting:
         raise QueueFull(f"{limits.max_waiting} requests are waiting already; try again later")
     core = state._take()
     core.add(request, max_total)
@@ -214,24 +177,7 @@ def schedule(state: SchedulerState, limits: Limits) -> tuple[SchedulerState, Ste
     The plan must then be launched, and launches must run in the order of their plans.
     """
     core = state._take()
-    rows: list[PlanRow] = []
-    preempted = _schedule_decodes(core, limits, rows)
-    num_decodes = len(rows)
-    budget = limits.max_step_tokens - num_decodes
-    for seq in core.running:
-        if seq.num_uncomputed > 1 and budget > 0:
-            num_tokens = min(seq.num_uncomputed, budget)
-            rows.append(_advance(seq, num_tokens, limits.block_size))
-            budget -= num_tokens
-    if not preempted:  # who was just preempted must not come straight back
-        _admit_waiting(core, limits, rows, budget)
-    if limits.prefix_reuse:
-        for row in rows[num_decodes:]:
-            _name_full_blocks(core.sequences[row.request.request_id], core, limits)
-    plan = StepPlan(step=core.step, rows=tuple(rows), preempted=tuple(preempted))
-    if rows:
-        core.in_flight.append(core.step)
-    core.step += 1
+    plan = planning.plan_step(core, limits)
     return SchedulerState(core), plan
 
 
@@ -270,7 +216,7 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
         token = tokens.token_ids[index]
         seq.token_ids.append(token)
         if limits.prefix_reuse:
-            _name_full_blocks(seq, core, limits)
+            planning.name_full_blocks(seq, core, limits)
         if token in row.request.stop_ids:
             reason = FinishReason.STOP
         elif len(seq.token_ids) == seq.max_total:
@@ -306,91 +252,6 @@ def fail(state: SchedulerState, plans: tuple[StepPlan, ...]) -> Committed:
     return Committed(SchedulerState(core), tuple(outputs))
 
 
-def _schedule_decodes(core: Core, limits: Limits, rows: list[PlanRow]) -> list[str]:
-    """One token for every running sequence that lacks just one. Returns who was preempted."""
-    preempted: list[str] = []
-    running, block_size = core.running, limits.block_size
-    index = 0
-    while index < len(running):
-        seq = running[index]
-        index += 1
-        if seq.num_uncomputed != 1 or seq.num_total >= seq.max_total:
-            continue
-        if seq.num_computed == seq.num_blocks * block_size:
-            # Only sequences ranked after this one are given up for it, and those have no row
-            # yet. If there are none, it goes itself: the higher ranks keep what they have.
-            while core.pool.num_available == 0:
-                victim = running[-1]
-                core.preempt(victim)
-                preempted.append(victim.request.request_id)
-                if victim is seq:
-                    return preempted
-            seq.append_blocks(core.pool.allocate(1))
-        rows.append(_advance(seq, 1, block_size))
-    return preempted
-
-
-def _admit_waiting(core: Core, limits: Limits, rows: list[PlanRow], budget: int) -> None:
-    """Start waiting requests, strictly in order, while slots, tokens and blocks last."""
-    block_size = limits.block_size
-    while budget > 0 and core.free_slots and (seq := core.waiting.first()) is not None:
-        if seq.num_pending:
-            return  # preempted with a token on the way, whose value the recomputation needs
-        num_known = len(seq.token_ids)
-        hits: list[int] = []
-        if limits.prefix_reuse and not seq.needs_whole_prompt:
-            # The last known token is always computed: its logits choose the next one.
-            most = (num_known - 1) // block_size
-            seq.extend_keys(most, block_size, limits.fingerprint)
-            hits = core.pool.match(seq.keys[:most])
-        needed = _blocks_for(num_known, limits) - len(hits) + core.pool.num_cached(hits)
-        # One block of growth for each running sequence, so that an admission doesn't make
-        # the very next steps preempt.
-        if core.running and needed + len(core.running) > core.pool.num_available:
-            return
-        core.start(seq, hits, _blocks_for(seq.max_total - 1, limits), block_size)
-        num_tokens = min(seq.num_uncomputed, budget)
-        rows.append(_advance(seq, num_tokens, block_size))
-        budget -= num_tokens
-
-
-def _advance(seq: Sequence, num_tokens: int, block_size: int) -> PlanRow:
-    """Plan the next `num_tokens` positions of a sequence that has the blocks for them."""
-    start = seq.num_computed
-    stop = start + num_tokens
-    total = seq.num_total
-    samples = stop == total
-    row = PlanRow(
-        seq.request,
-        seq.slot,
-        start,
-        num_tokens,
-        tuple(seq.token_ids[start:stop]),
-        seq.block_ids[: -(-stop // block_size)],
-        samples,
-        total - seq.num_prompt,
-        None if seq.has_state else seq.take_history(),
-    )
-    seq.num_computed = stop
-    if samples:
-        seq.num_total = total + 1
-    return row
-
-
-def _name_full_blocks(seq: Sequence, core: Core, limits: Limits) -> None:
-    """Let later plans match the blocks whose tokens are known and computed, or planned to be.
-
-    A planned block may be matched before it is computed, because launches run in order. It
-    is not matched within its own plan: kernels may not order writes and reads of one step.
-    """
-    full = min(seq.num_computed, len(seq.token_ids)) // limits.block_size
-    if full > seq.num_blocks_named:
-        seq.extend_keys(full, limits.block_size, limits.fingerprint)
-        for index in range(seq.num_blocks_named, full):
-            core.pool.name(int(seq.block_ids[index]), seq.keys[index])
-        seq.num_blocks_named = full
-
-
 def _finish(
     core: Core, seq: Sequence, token_ids: tuple[int, ...], reason: FinishReason
 ) -> StepOutput:
@@ -417,7 +278,3 @@ def _output(
         logprobs,
         prompt_logprobs,
     )
-
-
-def _blocks_for(num_tokens: int, limits: Limits) -> int:
-    return -(-num_tokens // limits.block_size)

@@ -33,13 +33,17 @@ class Sequence:
         onwards. Filled entries never change, so plans keep views of it.
       keys: of the blocks whose tokens are known, as far as they were needed.
       num_blocks_named: blocks that others may match.
+      shares_tail: the last block may be another's too, and must not be written to if it is.
       num_cached_tokens: prompt tokens found in the cache when the request first ran.
       prompt_logprobs: of the prompt tokens after the first, as far as computed.
+      forks: sequences that part from this one where its prompt ends; they wait with it.
+      parent: the one that this one waits with, or None.
     """
 
     __slots__ = (
         "block_ids",
         "first_step",
+        "forks",
         "has_state",
         "keys",
         "max_total",
@@ -49,9 +53,11 @@ class Sequence:
         "num_computed",
         "num_prompt",
         "num_total",
+        "parent",
         "prompt_logprobs",
         "rank",
         "request",
+        "shares_tail",
         "slot",
         "token_ids",
         "was_started",
@@ -69,6 +75,8 @@ class Sequence:
         self.keys: list[bytes] = []
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.was_started = False
+        self.forks: list[Sequence] = []
+        self.parent: Sequence | None = None
         self.clear_cache()
 
     def clear_cache(self) -> None:
@@ -79,6 +87,7 @@ class Sequence:
         self.block_ids = np.zeros(0, np.int32)
         self.num_blocks = 0
         self.num_blocks_named = 0
+        self.shares_tail = False
 
     @property
     def num_pending(self) -> int:
@@ -89,6 +98,11 @@ class Sequence:
     def num_uncomputed(self) -> int:
         """Tokens that no step has computed or is planned to compute."""
         return self.num_total - self.num_computed
+
+    @property
+    def tail(self) -> int:
+        """The block that holds the last positions."""
+        return int(self.block_ids[self.num_blocks - 1])
 
     @property
     def needs_whole_prompt(self) -> bool:
@@ -113,6 +127,26 @@ class Sequence:
         if not self.was_started:
             self.was_started = True
             self.num_cached_tokens = self.num_computed
+
+    def part_from(self, parent: Sequence, slot: int, capacity: int) -> None:
+        """Run from where another sequence with the same tokens is, on the same blocks."""
+        self.slot = slot
+        self.block_ids = np.zeros(capacity, np.int32)
+        self.append_blocks(parent.owned_blocks())
+        self.num_blocks_named = parent.num_blocks_named
+        self.num_computed = parent.num_computed
+        self.keys = parent.keys.copy()
+        self.num_cached_tokens = parent.num_cached_tokens
+        self.was_started = self.shares_tail = parent.shares_tail = True
+
+    def replace_tail(self, block: int) -> int:
+        """Map the last positions to another block. Returns the one they were in."""
+        old = self.tail
+        self.block_ids = self.block_ids.copy()  # plans on their way keep the old one
+        self.block_ids[self.num_blocks - 1] = block
+        self.block_ids.setflags(write=False)
+        self.shares_tail = False
+        return old
 
     def append_blocks(self, blocks: list[int]) -> None:
         """Map the next positions to these blocks."""
@@ -161,7 +195,8 @@ class Sequence:
         }
 
     def copy(self) -> Sequence:
-        """An independent sequence; the request is shared, as it is frozen."""
+        """An independent sequence; the request is shared, as it is frozen. The caller sets
+        `parent` and `forks`, which are still the old ones."""
         other = object.__new__(Sequence)
         for name in Sequence.__slots__:
             value = getattr(self, name)
@@ -215,9 +250,9 @@ class Core:
     """Everything a scheduler state holds.
 
     Attributes:
-      sequences: every request in the engine, by id.
+      sequences: every one in the engine, by id.
       running: those that hold blocks, by rank.
-      waiting: the others.
+      waiting: the others, but for those that wait with a parent.
       num_slots: rows of the device state; the most sequences that can run.
       free_slots: a heap, so that the lowest slot is used first.
       step: the number of the next plan.
@@ -227,6 +262,7 @@ class Core:
 
     __slots__ = (
         "arrivals",
+        "block_size",
         "free_slots",
         "in_flight",
         "num_slots",
@@ -237,8 +273,9 @@ class Core:
         "waiting",
     )
 
-    def __init__(self, num_blocks: int, num_slots: int):
+    def __init__(self, num_blocks: int, block_size: int, num_slots: int):
         self.pool = BlockPool(num_blocks)
+        self.block_size = block_size
         self.sequences: dict[str, Sequence] = {}
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue()
@@ -248,25 +285,52 @@ class Core:
         self.in_flight: list[int] = []
         self.arrivals = 0
 
+    @property
+    def num_unclaimed_slots(self) -> int:
+        """Slots that are neither taken nor kept for the forks of running sequences."""
+        return len(self.free_slots) - sum(len(seq.forks) for seq in self.running)
+
     def add(self, request: Request, max_total: int) -> None:
         """Queue a new request, whose prompt and output have at most `max_total` tokens."""
+        seq = self._new(request, max_total)
+        seq.forks = [self._new(request.fork(fork), max_total) for fork in request.forks]
+        for fork in seq.forks:
+            fork.parent = seq
+        self.waiting.add(seq)
+
+    def _new(self, request: Request, max_total: int) -> Sequence:
         seq = Sequence(request, (request.priority, self.arrivals), max_total, self.step)
         self.arrivals += 1
         self.sequences[request.request_id] = seq
-        self.waiting.add(seq)
+        return seq
 
-    def start(self, seq: Sequence, shared: list[int], capacity: int, block_size: int) -> None:
+    def start(self, seq: Sequence, shared: list[int]) -> None:
         """Move a waiting sequence to the running ones, with blocks for all its known tokens.
 
-        `shared` are the blocks that already hold its first positions; `capacity` is the most
-        blocks it can come to need.
+        `shared` are the blocks that already hold its first positions.
         """
-        needed = -(-len(seq.token_ids) // block_size) - len(shared)
+        needed = self.blocks_for(len(seq.token_ids)) - len(shared)
         self.waiting.remove(seq)
         self.pool.share(shared)
         fresh = self.pool.allocate(needed)
-        seq.start(heapq.heappop(self.free_slots), shared, fresh, capacity, block_size)
+        capacity = self.blocks_for(seq.max_total - 1)
+        seq.start(heapq.heappop(self.free_slots), shared, fresh, capacity, self.block_size)
         bisect.insort(self.running, seq, key=_rank)
+
+    def part(self, seq: Sequence) -> list[Sequence]:
+        """Start the forks of a sequence whose prompt is computed, on its blocks; return them."""
+        forks, seq.forks = seq.forks, []
+        for fork in forks:
+            fork.parent = None
+            self.pool.share(seq.owned_blocks())
+            capacity = self.blocks_for(fork.max_total - 1)
+            fork.part_from(seq, heapq.heappop(self.free_slots), capacity)
+            bisect.insort(self.running, fork, key=_rank)
+        return forks
+
+    def blocks_for(self, num_tokens: int) -> int:
+        """Blocks that so many tokens take."""
+        return -(-num_tokens // self.block_size)
 
     def preempt(self, seq: Sequence) -> None:
         """Take blocks and slot from a running sequence and queue it again, at its rank."""
@@ -274,18 +338,33 @@ class Core:
         self.waiting.add(seq)
 
     def remove(self, seq: Sequence) -> None:
-        """Forget a sequence, running or waiting, and return what it holds."""
+        """Forget a sequence, running or waiting, and return what it holds.
+
+        The first of those that wait with it takes its place in the queue.
+        """
         del self.sequences[seq.request.request_id]
-        if seq.slot == NO_SLOT:
+        if seq.parent is not None:
+            seq.parent.forks.remove(seq)
+        elif seq.slot == NO_SLOT:
             self.waiting.remove(seq)
         else:
             self._stop(seq)
+        if seq.forks:
+            heir, *heir.forks = seq.forks
+            for fork in heir.forks:
+                fork.parent = heir
+            heir.parent = None
+            self.waiting.add(heir)
 
     def copy(self) -> Core:
         """An independent core in the same state. O(pool)."""
-        other = Core(0, 0)
+        other = Core(0, self.block_size, 0)
         other.pool = self.pool.copy()
         other.sequences = {key: seq.copy() for key, seq in self.sequences.items()}
+        for seq in other.sequences.values():
+            seq.forks = [other.sequences[fork.request.request_id] for fork in seq.forks]
+            if seq.parent is not None:
+                seq.parent = other.sequences[seq.parent.request.request_id]
         other.running = [other.sequences[seq.request.request_id] for seq in self.running]
         other.waiting = WaitingQueue(
             other.sequences[seq.request.request_id] for seq in self.waiting.in_order()
@@ -301,26 +380,26 @@ class Core:
         """Assert the invariants of pool, sequences and slots. O(pool); for tests."""
         self.pool.check(seq.owned_blocks() for seq in self.running)
         waiting = self.waiting.in_order()
-        assert len(self.running) + len(waiting) == len(self.sequences), "a sequence is lost"
+        parents = (*self.running, *waiting)
+        forks = [fork for seq in parents for fork in seq.forks]
+        assert len(parents) + len(forks) == len(self.sequences), "a sequence is lost"
+        assert all(fork.parent is seq for seq in parents for fork in seq.forks)
+        assert all(seq.parent is None for seq in parents)
         assert [seq.rank for seq in self.running] == sorted(seq.rank for seq in self.running)
         slots = [seq.slot for seq in self.running]
         assert sorted(slots + self.free_slots) == list(range(self.num_slots)), "slots differ"
-        for seq in waiting:
+        assert self.num_unclaimed_slots >= 0, "a slot is kept for two"
+        for seq in (*waiting, *forks):
             assert seq.slot == NO_SLOT
             assert seq.num_blocks == seq.num_computed == 0
-        writable: set[int] = set()
         for seq in self.running:
             assert seq.slot != NO_SLOT
             assert seq.num_pending >= 0
             assert seq.num_total <= seq.max_total
             assert seq.num_blocks_named <= seq.num_blocks
-            # Named blocks are full; a step writes only behind them.
-            writable.update(seq.block_ids[seq.num_blocks_named : seq.num_blocks].tolist())
-        owners: dict[int, int] = {}
-        for seq in self.running:
-            for block in seq.owned_blocks():
-                owners[block] = owners.get(block, 0) + 1
-        assert all(owners[block] == 1 for block in writable), "a writable block is shared"
+            first = seq.num_computed // self.block_size  # the next step writes from here on
+            for block in seq.owned_blocks()[first + seq.shares_tail :]:
+                assert not self.pool.is_shared(block), "a block that will be written is shared"
 
     def _stop(self, seq: Sequence) -> None:
         self.running.remove(seq)

@@ -20,7 +20,8 @@ import msgspec
 import numpy as np
 
 from engine.core import scheduler
-from engine.core.scheduler import Limits, SchedulerState
+from engine.core.limits import Limits
+from engine.core.scheduler import SchedulerState
 from engine.types import FinishReason, QueueFull, Request, StepPlan, StepTokens
 
 FORMAT = 1

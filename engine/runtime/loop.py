@@ -20,7 +20,8 @@ from typing import NamedTuple
 
 from engine.core import batching, scheduler
 from engine.core.block_pool import PoolCounts
-from engine.core.scheduler import Limits, SchedulerState
+from engine.core.limits import Limits
+from engine.core.scheduler import SchedulerState
 from engine.runtime.event_log import Recorder
 from engine.runtime.runner import Launched, Runner
 from engine.types import FinishReason, InvalidRequest, QueueFull, Request, StepOutput, StepPlan
@@ -35,7 +36,7 @@ class EngineStopped(RuntimeError):
 
 
 class Rejected(NamedTuple):
-    """A request that was not admitted, and why."""
+    """A request that was not admitted, none of its forks either, and why."""
 
     request_id: str
     error: InvalidRequest | QueueFull
@@ -124,10 +125,10 @@ class EngineLoop:
         # `submit` bounds the requests in it. Aborts always fit, so that nobody, this thread least
         # of all, waits for room; there are never more of them than the caller has requests.
         self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
-        self._num_submitted = 0  # requests in the inbox
+        self._num_submitted = 0  # sequences in the inbox
         self._taken: list[Request | _Abort | None] = []  # from the inbox, not dealt with yet
         self._entry = threading.Lock()  # guards it; nothing is submitted once `_closing` is set
-        self._live: dict[str, Request] = {}
+        self._live: dict[str, Request] = {}  # by each name of theirs
         self._deadlines: list[tuple[float, str]] = []
         self._planned: StepPlan | None = None  # planned, but not launched yet
         self._recorder = Recorder(record, limits) if record else None
@@ -158,11 +159,12 @@ class EngineLoop:
         with self._entry:
             if self._closing:
                 raise EngineStopped("the engine is closed, or failed; its log says why")
-            if self._num_submitted >= self.limits.max_waiting:
+            num_sequences = len(request.names)
+            if self._num_submitted + num_sequences > self.limits.max_waiting:
                 raise QueueFull(
                     f"{self.limits.max_waiting} requests are waiting already; try again later"
                 )
-            self._num_submitted += 1
+            self._num_submitted += num_sequences
             self._inbox.put(request)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
@@ -285,7 +287,9 @@ class EngineLoop:
         self._taken += [self._inbox.get() for _ in range(self._inbox.qsize())]
         goes_on = self._apply(self._taken)
         with self._entry:
-            self._num_submitted -= sum(isinstance(event, Request) for event in self._taken)
+            self._num_submitted -= sum(
+                len(event.names) for event in self._taken if isinstance(event, Request)
+            )
         self._taken = []
         return goes_on
 
@@ -317,15 +321,16 @@ class EngineLoop:
         except (InvalidRequest, QueueFull) as error:
             news.append(Rejected(request.request_id, error))
             return
-        self._live[request.request_id] = request
+        self._live.update(dict.fromkeys(request.names, request))
         self._record(lambda recorder: recorder.admit(request))
         if request.deadline is not None:
-            heapq.heappush(self._deadlines, (request.deadline, request.request_id))
+            for name in request.names:
+                heapq.heappush(self._deadlines, (request.deadline, name))
             if len(self._deadlines) > 2 * len(self._live) + _MIN_DEADLINES:
                 # Most are of requests that ended long before: keep those that are live.
                 self._deadlines = [
-                    (live.deadline, live.request_id)
-                    for live in self._live.values()
+                    (live.deadline, name)
+                    for name, live in self._live.items()
                     if live.deadline is not None
                 ]
                 heapq.heapify(self._deadlines)
@@ -344,13 +349,15 @@ class EngineLoop:
         events = self._taken
         while not self._inbox.empty():
             events.append(self._inbox.get())
-        lost = {event.request_id: event for event in events if isinstance(event, Request)}
+        lost = {
+            name: event for event in events if isinstance(event, Request) for name in event.names
+        }
         lost |= self._live
         self._live.clear()
         self._num_submitted = 0
         news = [
-            StepOutput(request.request_id, (), FinishReason.ERROR, len(request.prompt_ids), 0)
-            for request in lost.values()
+            StepOutput(name, (), FinishReason.ERROR, len(request.prompt_ids), 0)
+            for name, request in lost.items()
         ]
         self._count(news)
         self._on_news(news)

@@ -15,16 +15,16 @@ from jax.sharding import Mesh
 
 from engine.config import Architecture
 from engine.core import batching
+from engine.core.batching import Batch, Bucket
 from engine.model import sampler
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder
+from engine.runtime.block_copies import BlockCopier
 from engine.runtime.mesh import kv_scales_sharding, replicated
 from engine.runtime.step import RunnerShape, Step
 from engine.types import (
     MAX_BAD_WORD_TOKENS,
     MAX_BAD_WORDS,
-    Batch,
-    Bucket,
     PlanRow,
     Request,
     StepPlan,
@@ -109,6 +109,7 @@ class Runner:
         self._make_kv_pool = jax.jit(
             lambda: jnp.zeros(pool.shape, pool.dtype), out_shardings=pool.sharding
         )
+        self._copy_blocks = BlockCopier(pool, self.arch.num_layers, shape.max_num_seqs)
         self._make_state = jax.jit(
             lambda: sampler.initial_state(shape.max_num_seqs + 1, self.arch.vocab_size),
             out_shardings=replicated(mesh),
@@ -164,6 +165,9 @@ class Runner:
 
     def launch(self, plan: StepPlan, batch: Batch) -> Launched:
         """Start a step; launches run in the order they are made."""
+        if plan.block_copies:
+            assert self._kv_pool is not None
+            self._kv_pool = self._copy_blocks(self._kv_pool, plan.block_copies)
         for row in plan.rows:
             if row.history is not None and row.request.sampling.edits_logits:
                 self._prepare_slot(row)

@@ -16,11 +16,12 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from engine.core import batching
+from engine.core.batching import Batch, Bucket, SamplingBatch
 from engine.model import sampler
 from engine.model.attention import Attention, Ragged, kv_pool_dtype, kv_pool_shape
 from engine.model.decoder import Decoder
 from engine.runtime.mesh import kv_pool_sharding, replicated
-from engine.types import MAX_LOGPROBS, Batch, Bucket, SamplingBatch
+from engine.types import MAX_LOGPROBS
 
 PROMPT_LOGPROB_ROWS = 16  # prompt positions whose logits are computed at a time
 
@@ -124,8 +125,7 @@ class Step:
             batch.block_tables,
         )
         hidden_TD, kv_pool = model(token_ids, kv_pool, ragged, self._attention, kv_scales)
-        last = jnp.maximum(batch.query_starts[1:] - 1, 0)
-        logits_SV = model.logits(hidden_TD[last])
+        logits_SV = model.logits(hidden_TD[batch.logits_tokens])
         sampled, state = sampler.sample(
             logits_SV, batch.slots, batch.samples, batch.sampling, state
         )

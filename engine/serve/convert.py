@@ -274,6 +274,7 @@ def responses_from_delta(request_id: str, delta: Delta) -> Iterator[pb.GenerateR
     while len(prompt_logprobs) > size:
         yield pb.GenerateResponse(
             request_id=request_id,
+            index=delta.index,
             prompt_logprobs=map(_logprobs_to_proto, prompt_logprobs[:size]),
             usage=usage,
         )
@@ -281,6 +282,7 @@ def responses_from_delta(request_id: str, delta: Delta) -> Iterator[pb.GenerateR
     while len(logprobs) > size:
         yield pb.GenerateResponse(
             request_id=request_id,
+            index=delta.index,
             token_ids=token_ids[:size],
             logprobs=map(_logprobs_to_proto, logprobs[:size]),
             prompt_logprobs=map(_logprobs_to_proto, prompt_logprobs),
@@ -289,6 +291,7 @@ def responses_from_delta(request_id: str, delta: Delta) -> Iterator[pb.GenerateR
         token_ids, logprobs, prompt_logprobs = token_ids[size:], logprobs[size:], ()
     last = pb.GenerateResponse(
         request_id=request_id,
+        index=delta.index,
         text=delta.text,
         token_ids=token_ids,
         logprobs=map(_logprobs_to_proto, logprobs),

@@ -99,12 +99,13 @@ class GenerationService:
                 priority=request.priority,
                 timeout=context.time_remaining(),
             )
-            finish_reason = None
+            reasons: set[FinishReason] = set()
             async with contextlib.aclosing(stream):
                 async for delta in stream:
                     await _write(context, request_id, delta)
-                    finish_reason = delta.finish_reason
-            self._check_end(request_id, finish_reason)
+                    if delta.finish_reason is not None:
+                        reasons.add(delta.finish_reason)
+            self._check_end(request_id, reasons)
 
     async def Tokenize(
         self, request: pb.TokenizeRequest, context: grpc.aio.ServicerContext
@@ -239,26 +240,25 @@ class GenerationService:
         finally:
             self._streams.remove(request_id)
 
-    def _check_end(self, request_id: str, finish_reason: FinishReason | None) -> None:
-        """Raise the status of an answer that did not end well."""
-        match finish_reason:
-            case FinishReason.DEADLINE:
-                raise Refused(
-                    grpc.StatusCode.DEADLINE_EXCEEDED,
-                    "the deadline of the call passed; allow more time or ask for fewer tokens",
-                )
-            case FinishReason.ABORT if self._shutting_down:
-                raise Refused(
-                    grpc.StatusCode.UNAVAILABLE,
-                    "the server shut down before the answer was complete; try another one",
-                )
-            case FinishReason.ERROR | None:
-                log.error("request %s ended with %s", request_id, finish_reason)
-                raise Refused(
-                    grpc.StatusCode.INTERNAL,
-                    f"the step that carried request {request_id} failed; the server's log says "
-                    "why, and the server goes on: try again",
-                )
+    def _check_end(self, request_id: str, reasons: set[FinishReason]) -> None:
+        """Raise the status of a request of which an answer did not end well."""
+        if FinishReason.ERROR in reasons or not reasons:
+            log.error("request %s ended with %s", request_id, ", ".join(reasons) or "nothing")
+            raise Refused(
+                grpc.StatusCode.INTERNAL,
+                f"the step that carried request {request_id} failed; the server's log says "
+                "why, and the server goes on: try again",
+            )
+        if FinishReason.DEADLINE in reasons:
+            raise Refused(
+                grpc.StatusCode.DEADLINE_EXCEEDED,
+                "the deadline of the call passed; allow more time or ask for fewer tokens",
+            )
+        if FinishReason.ABORT in reasons and self._shutting_down:
+            raise Refused(
+                grpc.StatusCode.UNAVAILABLE,
+                "the server shut down before the answer was complete; try another one",
+            )
 
 
 async def _write(context: Any, request_id: str, delta: Delta) -> None:

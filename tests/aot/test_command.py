@@ -135,6 +135,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import NamedSharding, PartitionSpec
 from engine.aot import hlo
+from engine.runtime.block_copies import copy_blocks
 
 layers, blocks = 8, 256
 shape = (layers * blocks, 2, 128, 256)
@@ -143,10 +144,7 @@ replicated = NamedSharding(one_chip("v6e:2x2"), PartitionSpec())
 pool = jax.ShapeDtypeStruct(shape, jnp.bfloat16, sharding=replicated)
 
 def by_layer(pool, sources, targets):
-    def layer(index, pool):
-        first = index * blocks
-        return pool.at[first + targets].set(pool[first + sources])
-    return jax.lax.fori_loop(0, layers, layer, pool)
+    return copy_blocks(pool, sources, targets, jnp.int32(9), num_layers=layers)
 
 def at_once(pool, sources, targets):
     first = jnp.arange(layers)[:, None] * blocks

@@ -13,10 +13,10 @@ from engine.aot import programs
 from engine.aot.hlo import Collectives
 from engine.aot.programs import Program
 from engine.config import Config, ConfigError, from_tree
+from engine.core.batching import Bucket
 from engine.loading import load_engine
 from engine.memory_plan import plan
 from engine.runtime.runner import Runner
-from engine.types import Bucket
 from tests.runtime.tiny import ARCH, config_tree, write_model
 
 GIB = 2**30

@@ -9,7 +9,8 @@ import dataclasses
 from typing import Any
 
 from engine.core import scheduler
-from engine.core.scheduler import Limits, SchedulerState
+from engine.core.limits import Limits
+from engine.core.scheduler import SchedulerState
 from engine.types import (
     FinishReason,
     PlanRow,

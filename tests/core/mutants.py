@@ -12,9 +12,10 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.core import scheduler, sequences
+from engine.core import planning, scheduler, sequences
 from engine.core.block_keys import child_key, root_key
 from engine.core.block_pool import BlockPool
+from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
 from engine.core.sequences import Core, Sequence, WaitingQueue
 from engine.types import Domain
@@ -213,20 +214,20 @@ def admission_ignores_the_models_context(patch: Patch) -> None:
 
 @mutant
 def a_hit_takes_the_whole_prompt(patch: Patch) -> None:
-    rewrite(patch, scheduler, "_admit_waiting", "(num_known - 1) //", "num_known //")
+    rewrite(patch, planning, "_admit_waiting", "(num_known - 1) //", "num_known //")
 
 
 @mutant
 def admission_forgets_that_cached_hits_are_not_available(patch: Patch) -> None:
-    rewrite(patch, scheduler, "_admit_waiting", " + core.pool.num_cached(hits)\n", "\n")
-    rewrite(patch, scheduler, "_admit_waiting", "needed + len(core.running)", "needed")
+    rewrite(patch, planning, "_admit_waiting", " + core.pool.num_cached(hits)\n", "\n")
+    rewrite(patch, planning, "_admit_waiting", "needed + growth", "needed")
 
 
 @mutant
 def admission_skips_a_head_that_does_not_fit(patch: Patch) -> None:
-    original = scheduler._admit_waiting
+    original = planning._admit_waiting
 
-    def admit_waiting(core: Core, limits: scheduler.Limits, rows: list, budget: int) -> None:
+    def admit_waiting(core: Core, limits: Limits, rows: list, budget: int) -> None:
         head = core.waiting.first()
         before = len(rows)
         original(core, limits, rows, budget)
@@ -235,30 +236,30 @@ def admission_skips_a_head_that_does_not_fit(patch: Patch) -> None:
             original(core, limits, rows, budget)
             core.waiting.add(head)
 
-    patch.setattr(scheduler, "_admit_waiting", admit_waiting)
+    patch.setattr(planning, "_admit_waiting", admit_waiting)
 
 
 @mutant
 def a_preempted_sequence_does_not_wait_for_its_token(patch: Patch) -> None:
-    rewrite(patch, scheduler, "_admit_waiting", "if seq.num_pending:", "if False:")
+    rewrite(patch, planning, "_admit_waiting", "if seq.num_pending:", "if False:")
 
 
 @mutant
 def a_preempted_sequence_comes_straight_back(patch: Patch) -> None:
-    rewrite(patch, scheduler, "schedule", "if not preempted:", "if True:")
+    rewrite(patch, planning, "plan_step", "if not preempted:", "if True:")
 
 
 @mutant
 def the_highest_rank_is_preempted(patch: Patch) -> None:
-    rewrite(patch, scheduler, "_schedule_decodes", "victim = running[-1]", "victim = running[0]")
+    rewrite(patch, planning, "_schedule_decodes", "victim = running[-1]", "victim = running[0]")
 
 
 @mutant
 def a_decode_that_needs_a_block_gets_none(patch: Patch) -> None:
     rewrite(
         patch,
-        scheduler,
-        "_schedule_decodes",
+        planning,
+        "_needs_block",
         "seq.num_computed == seq.num_blocks",
         "seq.num_computed > seq.num_blocks",
     )
@@ -266,25 +267,98 @@ def a_decode_that_needs_a_block_gets_none(patch: Patch) -> None:
 
 @mutant
 def a_decode_runs_past_its_end(patch: Patch) -> None:
-    rewrite(patch, scheduler, "_schedule_decodes", " or seq.num_total >= seq.max_total", "")
+    rewrite(patch, planning, "_schedule_decodes", " or seq.num_total >= seq.max_total", "")
 
 
 @mutant
 def prompts_go_before_decodes(patch: Patch) -> None:
-    rewrite(patch, scheduler, "schedule", "rows=tuple(rows)", "rows=tuple(rows[::-1])")
+    rewrite(
+        patch,
+        planning,
+        "plan_step",
+        "tuple(rows), tuple(copies)",
+        "tuple(rows[::-1]), tuple(copies)",
+    )
+
+
+@mutant
+def a_shared_block_is_written(patch: Patch) -> None:
+    rewrite(patch, planning, "_needs_block", "seq.shares_tail and core", "False and core")
+
+
+@mutant
+def a_shared_block_is_replaced_but_not_copied(patch: Patch) -> None:
+    rewrite(patch, planning, "_give_block", "copies.append(", "str(")
+
+
+@mutant
+def a_copy_goes_the_wrong_way(patch: Patch) -> None:
+    rewrite(patch, planning, "_give_block", "BlockCopy(shared, block)", "BlockCopy(block, shared)")
+
+
+@mutant
+def a_copied_block_keeps_its_old_owner(patch: Patch) -> None:
+    rewrite(patch, planning, "_give_block", "core.pool.release([shared])", "pass")
+
+
+@mutant
+def a_fork_samples_from_another_row(patch: Patch) -> None:
+    rewrite(patch, planning, "_part", "logits_of=source", "logits_of=max(0, source - 1)")
+
+
+@mutant
+def forks_part_before_the_prompt_ends(patch: Patch) -> None:
+    rewrite(patch, planning, "_part", " and seq.num_total > seq.num_prompt", "")
+
+
+@mutant
+def a_fork_takes_no_ownership(patch: Patch) -> None:
+    rewrite(patch, Core, "part", "self.pool.share(seq.owned_blocks())", "pass")
+
+
+@mutant
+def a_parent_does_not_know_that_its_tail_is_shared(patch: Patch) -> None:
+    rewrite(
+        patch,
+        Sequence,
+        "part_from",
+        "self.shares_tail = parent.shares_tail",
+        "self.shares_tail",
+    )
+
+
+@mutant
+def no_slot_is_kept_for_a_fork(patch: Patch) -> None:
+    rewrite(patch, planning, "_admit_waiting", "num_forks >= core.num_unclaimed_slots", "False")
+
+
+@mutant
+def forks_are_lost_with_their_parent(patch: Patch) -> None:
+    rewrite(patch, Core, "remove", "if seq.forks:", "if False:")
+
+
+@mutant
+def a_plan_s_block_table_changes_after_it_was_made(patch: Patch) -> None:
+    rewrite(
+        patch,
+        Sequence,
+        "replace_tail",
+        "self.block_ids = self.block_ids.copy()",
+        "self.block_ids.setflags(write=True)",
+    )
 
 
 @mutant
 def the_budget_forgets_the_decodes(patch: Patch) -> None:
-    rewrite(patch, scheduler, "schedule", "max_step_tokens - num_decodes", "max_step_tokens")
+    rewrite(patch, planning, "plan_step", "max_step_tokens - num_decodes", "max_step_tokens")
 
 
 @mutant
 def a_prompt_uses_half_the_budget(patch: Patch) -> None:
     rewrite(
         patch,
-        scheduler,
-        "schedule",
+        planning,
+        "plan_step",
         "min(seq.num_uncomputed, budget)",
         "min(seq.num_uncomputed, -(-budget // 2))",
     )
@@ -294,8 +368,8 @@ def a_prompt_uses_half_the_budget(patch: Patch) -> None:
 def blocks_are_named_before_they_are_computed(patch: Patch) -> None:
     rewrite(
         patch,
-        scheduler,
-        "_name_full_blocks",
+        planning,
+        "name_full_blocks",
         "min(seq.num_computed, len(seq.token_ids))",
         "len(seq.token_ids)",
     )
@@ -305,20 +379,20 @@ def blocks_are_named_before_they_are_computed(patch: Patch) -> None:
 def blocks_are_named_before_their_tokens_are_known(patch: Patch) -> None:
     rewrite(
         patch,
-        scheduler,
-        "_name_full_blocks",
+        planning,
+        "name_full_blocks",
         "min(seq.num_computed, len(seq.token_ids))",
         "seq.num_computed",
     )
-    rewrite(patch, scheduler, "schedule", "rows[num_decodes:]", "rows")
+    rewrite(patch, planning, "plan_step", "rows[num_decodes:]", "rows")
 
 
 @mutant
 def a_block_is_named_while_a_place_in_it_is_empty(patch: Patch) -> None:
     rewrite(
         patch,
-        scheduler,
-        "_name_full_blocks",
+        planning,
+        "name_full_blocks",
         "// limits.block_size",
         "// limits.block_size + (seq.num_computed % limits.block_size > 1)",
     )
@@ -328,10 +402,10 @@ def a_block_is_named_while_a_place_in_it_is_empty(patch: Patch) -> None:
 def a_block_is_matched_within_its_own_step(patch: Patch) -> None:
     rewrite(
         patch,
-        scheduler,
+        planning,
         "_admit_waiting",
         "rows.append(_advance(seq, num_tokens, block_size))",
-        "rows.append(_advance(seq, num_tokens, block_size)); _name_full_blocks(seq, core, limits)",
+        "rows.append(_advance(seq, num_tokens, block_size)); name_full_blocks(seq, core, limits)",
     )
 
 

@@ -10,7 +10,7 @@ import hashlib
 import struct
 from collections.abc import Sequence
 
-from engine.core.scheduler import Limits
+from engine.core.limits import Limits
 from engine.types import Domain, Request, StepPlan, TokenLogprobs
 
 VOCABULARY = 5
@@ -38,10 +38,9 @@ class History:
             child = self.children[token] = History(self.domain, self, token)
         return child
 
-    @property
-    def next_token(self) -> int:
-        """What the model says after this history."""
-        return (self.digest >> 20) % VOCABULARY
+    def next_token(self, seed: int) -> int:
+        """What the model says after this history, and a draw of that seed makes of it."""
+        return (self.digest * (2 * seed + 1) >> 20) % VOCABULARY
 
     def block(self, block_size: int) -> list[History]:
         """What the block that ends here holds, position by position."""
@@ -77,8 +76,16 @@ class History:
 class Record:
     """What the test knows about one admitted request."""
 
-    def __init__(self, request: Request, root: History, limits: Limits, arrival: int):
+    def __init__(
+        self,
+        request: Request,
+        root: History,
+        limits: Limits,
+        arrival: int,
+        parent: Record | None = None,
+    ):
         self.request = request
+        self.parent = parent  # whose prompt it waits for, if it was a fork
         self.rank = (request.priority, arrival)
         self.num_prompt = len(request.prompt_ids)
         self.max_total = min(self.num_prompt + request.max_tokens, limits.max_model_len)
@@ -95,7 +102,8 @@ class Record:
     def history(self, count: int) -> History:
         """The first `count` tokens of prompt and output, had it run alone."""
         while len(self.chain) <= count:
-            self.chain.append(self.chain[-1].then(self.chain[-1].next_token))
+            token = self.chain[-1].next_token(self.request.seed)
+            self.chain.append(self.chain[-1].then(token))
         return self.chain[count]
 
     def tokens(self, start: int, stop: int) -> tuple[int, ...]:
@@ -113,6 +121,18 @@ class Record:
     def is_at_its_end(self) -> bool:
         """Whether all its tokens are sampled, though the host may not know them yet."""
         return self.num_prompt + self.num_sampled >= self.max_total
+
+    @property
+    def waits_alone(self) -> bool:
+        """Whether it has a place of its own in the queue: it is no fork, has parted, or the
+        record whose prompt it waited for has ended."""
+        return self.parent is None or self.num_sampled > 0 or self.has_slot
+
+    def part(self) -> None:
+        """Its prompt is computed, by the record that it waited for."""
+        assert self.parent is not None
+        self.computed, self.num_cached = self.num_prompt, self.parent.num_cached
+        self.has_slot = True
 
     def lose_slot(self) -> None:
         """It was preempted, or the device memory is gone."""

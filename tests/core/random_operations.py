@@ -8,8 +8,8 @@ from __future__ import annotations
 import random
 from collections import Counter
 
-from engine.core.scheduler import Limits
-from engine.types import Domain, FinishReason, Request, SamplingParams
+from engine.core.limits import Limits
+from engine.types import Domain, FinishReason, Fork, Request, SamplingParams
 from tests.core.oracle import VOCABULARY
 from tests.core.simulation import Simulation
 
@@ -40,6 +40,7 @@ REQUEST: Ranges = {
     "priority": (0, 5),  # mostly 0
     "logprobs": (0, 9),
     "prompt_logprobs": (0, 9),
+    "forks": (-6, 3),  # none if it is not above 0
 }
 # How often the driver does what; an operation that isn't possible is left out.
 WEIGHTS = {
@@ -88,14 +89,16 @@ def make_request(numbers: Numbers, simulation: Simulation, serial: int) -> Reque
         logprobs=0 if numbers["logprobs"] == 0 else None,
         prompt_logprobs=0 if numbers["prompt_logprobs"] < 2 else None,
     )
+    name = f"r{serial - 1 if numbers['identity'] == 2 else serial}"
     return Request(
-        f"r{serial - 1 if numbers['identity'] == 2 else serial}",
+        name,
         prompt,
         sampling,
         max_tokens=numbers["max_tokens"],
         stop_ids=frozenset({numbers["stop"]}),
         domain=DOMAINS[max(0, numbers["domain"] - 2)],
         priority=max(0, numbers["priority"] - 3),
+        forks=tuple(Fork(f"{name}/{number}", number) for number in range(1, numbers["forks"] + 1)),
     )
 
 

@@ -13,10 +13,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections import Counter, deque
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engine.core import scheduler
-from engine.core.scheduler import Limits, SchedulerState, StaleState
+from engine.core.limits import Limits
+from engine.core.scheduler import SchedulerState, StaleState
 from engine.types import (
     Domain,
     FinishReason,
@@ -50,6 +52,7 @@ class InFlight:
     plan: StepPlan
     tokens: StepTokens
     records: tuple[Record, ...]
+    as_planned: Sequence[object]
 
 
 class Simulation:
@@ -83,14 +86,16 @@ class Simulation:
         num_prompt = len(request.prompt_ids)
         longest = min(num_prompt + request.max_tokens, limits.max_model_len) - 1
         waiting = sum(not record.has_slot for record in self.records.values())
+        names = request.names
         if (
-            request.request_id in self.records
+            len(set(names) - self.records.keys()) < len(names)
+            or len(names) > limits.max_num_seqs
             or num_prompt + 1 > limits.max_model_len
             or -(-longest // limits.block_size) > limits.num_blocks
         ):
             expected: type[Exception] | None = InvalidRequest
         else:
-            expected = QueueFull if waiting >= limits.max_waiting else None
+            expected = QueueFull if waiting + len(names) > limits.max_waiting else None
         before, old = self.state.snapshot(), self.state
         try:
             self.state = scheduler.admit(self.state, limits, request)
@@ -103,8 +108,13 @@ class Simulation:
             if self.recorder:
                 self.recorder.admit(request)
             root = self._roots.setdefault(request.domain, History(request.domain, None, -1))
-            self.records[request.request_id] = Record(request, root, limits, self._num_arrivals)
-            self._num_arrivals += 1
+            first = Record(request, root, limits, self._num_arrivals)
+            self.records[request.request_id] = first
+            for number, fork in enumerate(request.forks, 1):
+                self.records[fork.request_id] = Record(
+                    request.fork(fork), root, limits, self._num_arrivals + number, first
+                )
+            self._num_arrivals += len(names)
             self._assert_consumed(old)
         self._after("admit")
 
@@ -112,12 +122,11 @@ class Simulation:
         """End a request from outside, be it there or not."""
         old = self.state
         self.state, outputs = scheduler.abort(self.state, request_id, reason)
-        record = self.records.pop(request_id, None)
-        if record is None:
+        if request_id not in self.records:
             assert outputs == ()
         else:
+            record = self._remove(request_id)
             assert outputs == (self._output(record, (), reason),)
-            record.is_live = False
             if self.recorder:
                 self.recorder.abort(request_id, reason)
             self.aborted.append(record.request)
@@ -151,6 +160,7 @@ class Simulation:
     def commit(self) -> tuple[StepOutput, ...]:
         """Take the oldest step in and compare its news with the oracle."""
         step = self.in_flight.popleft()
+        assert plain(step.plan) == step.as_planned, "a plan changed after it was made"
         expected = []
         for index, (row, record) in enumerate(zip(step.plan.rows, step.records, strict=True)):
             if not record.is_live:
@@ -165,8 +175,7 @@ class Simulation:
         assert outputs == tuple(expected)
         for output in outputs:
             if output.finish_reason is not None:
-                record = self.records.pop(output.request_id)
-                record.is_live = False
+                record = self._remove(output.request_id)
                 length = record.num_prompt + record.num_committed
                 self.transcripts.append(record.tokens(0, length))
                 self.counts[f"finished: {output.finish_reason}"] += 1
@@ -192,9 +201,8 @@ class Simulation:
         self.state, outputs = scheduler.fail(self.state, tuple(plans))
         ended = [self._output(record, (), FinishReason.ERROR) for record in affected.values()]
         assert list(outputs) == ended
-        for request_id, record in affected.items():
-            record.is_live = False
-            del self.records[request_id]
+        for request_id in affected:
+            self._remove(request_id)
         for record in self.records.values():
             record.lose_slot()
         self.in_flight.clear()
@@ -250,6 +258,16 @@ class Simulation:
         assert self.state.pool.owned == 0, "an idle scheduler holds blocks"
         return steps
 
+    def _remove(self, request_id: str) -> Record:
+        """It ended. The first of those that waited for its prompt does so for itself now."""
+        record = self.records.pop(request_id)
+        record.is_live = False
+        heirs = [r for r in self.records.values() if r.parent is record and not r.waits_alone]
+        for heir in heirs:
+            heir.parent = None if heir is heirs[0] else heirs[0]
+            self.counts["inherited"] += 1
+        return record
+
     # The device.
 
     def _wipe(self) -> None:
@@ -261,18 +279,23 @@ class Simulation:
     def _launch(self, plan: StepPlan) -> InFlight:
         """Run the plan: all reads see the state before the step, then all writes happen."""
         records = tuple(self.records[row.request.request_id] for row in plan.rows)
+        copied = [list(self.kv[copy.source]) for copy in plan.block_copies]
+        for copy, contents in zip(plan.block_copies, copied, strict=True):
+            self.kv[copy.destination] = contents
         writes: dict[tuple[int, int], History] = {}
         sampled: list[int] = []
+        lasts: list[History] = []
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         logprobs: dict[int, TokenLogprobs] = {}
         for index, (row, record) in enumerate(zip(plan.rows, records, strict=True)):
-            last = self._run_row(row, record, writes)
+            last = self._run_row(row, record, writes, lasts)
+            lasts.append(last)
             sampling = row.request.sampling
             if sampling.prompt_logprobs is not None:
                 stop = row.start + row.num_tokens
                 targets = range(row.start + 1, min(stop + 1, record.num_prompt))
                 prompt_logprobs[index] = tuple(logprob_at(record, target) for target in targets)
-            token = last.next_token if row.samples else -99
+            token = last.next_token(row.request.seed) if row.samples else -99
             if row.samples and sampling.logprobs is not None:
                 logprobs[index] = TokenLogprobs(token, -float(record.num_sampled), ())
             sampled.append(token)
@@ -284,29 +307,36 @@ class Simulation:
                 slot.last_token = token
                 slot.output.append(token)
                 record.num_sampled += 1
-        return InFlight(plan, StepTokens(tuple(sampled), logprobs, prompt_logprobs), records)
+        tokens = StepTokens(tuple(sampled), logprobs, prompt_logprobs)
+        return InFlight(plan, tokens, records, plain(plan))
 
     def _run_row(
-        self, row: PlanRow, record: Record, writes: dict[tuple[int, int], History]
+        self,
+        row: PlanRow,
+        record: Record,
+        writes: dict[tuple[int, int], History],
+        lasts: list[History],
     ) -> History:
-        """Check what the row reads, and say what it writes. Returns its last position."""
+        """Check what the row reads, and say what it writes. Returns its last position, or, of
+        the positions that earlier rows returned, the one that it samples after."""
         block_size = self.limits.block_size
         start, stop = row.start, row.start + row.num_tokens
         blocks = row.block_ids.tolist()
         assert len(blocks) == -(-stop // block_size), "the block table doesn't cover the context"
         record.history(stop)
         own = record.chain[1 : stop + 1]
-        for position in range(0, start, block_size):
+        is_parting = row.logits_of is not None
+        for position in range(0, 0 if is_parting else start, block_size):
             here = self.kv[blocks[position // block_size]][: min(block_size, start - position)]
             if here != own[position : position + len(here)]:
                 raise AssertionError(f"a block holds something else than {record.request}")
         if row.history is not None:
             self.slots[row.slot] = Slot(-1, list(row.history))
         slot = self.slots[row.slot]
-        tokens = row.token_ids or (slot.last_token,)
+        tokens = row.token_ids or (slot.last_token,) * row.num_tokens
         assert len(tokens) == row.num_tokens
-        history = record.chain[0]
-        if start:  # as attention would: what is there, not what ought to be
+        history = record.chain[0] if row.logits_of is None else lasts[row.logits_of]
+        if start and not is_parting:  # as attention would: what is there, not what ought to be
             found = self.kv[blocks[(start - 1) // block_size]][(start - 1) % block_size]
             assert found is not None
             history = found
@@ -333,8 +363,6 @@ class Simulation:
         assert sum(row.num_tokens for row in rows) == plan.num_tokens <= limits.max_step_tokens
         assert len({row.request.request_id for row in rows}) == len(rows)
         assert len({row.slot for row in rows}) == len(rows)
-        assert plan.block_copies == ()
-
         running = [entry["request_id"] for entry in before["running"]]
         waiting = [entry["request_id"] for entry in before["waiting"]]
         kept = len(running) - len(plan.preempted)
@@ -350,22 +378,60 @@ class Simulation:
         continued = [row.request.request_id for row in rows if row.history is None]
         assert sorted(continued) == sorted(unfinished), "a running sequence stands still"
 
-        started = [row.request.request_id for row in rows if row.history is not None]
-        assert started == waiting[: len(started)], "a request overtook the head of the queue"
+        parted = [row for row in rows if row.logits_of is not None]
+        assert list(rows[len(rows) - len(parted) :]) == parted
+        computing = rows[: len(rows) - len(parted)]
+        started = [row.request.request_id for row in computing if row.history is not None]
+        queue = [name for name in waiting if self.records[name].waits_alone]
+        assert started == queue[: len(started)], "a request overtook the head of the queue"
         assert not (started and plan.preempted), "a request started in a step that preempted"
-        for index, row in enumerate(rows):
-            self._check_row(row, is_last=index == len(rows) - 1)
+        for index, row in enumerate(computing):
+            self._check_row(row, is_last=index == len(computing) - 1)
+        self._check_parting(computing, parted)
 
         entries = self.state.snapshot()["running"]
         assert isinstance(entries, list)
-        owners = Counter(block for entry in entries for block in entry["blocks"])
-        for row in rows:
+        named = {row.request.request_id for row in parted}  # these share what is being written
+        owners = Counter(
+            block
+            for entry in entries
+            if entry["request_id"] not in named
+            for block in entry["blocks"]
+        )
+        self.counts["copies"] += len(plan.block_copies)
+        for copy in plan.block_copies:
+            assert owners[copy.destination] == 1, "a copy lies on a block that is another's"
+        for row in computing:
             for index in range(row.start // limits.block_size, row.block_ids.size):
                 assert owners[int(row.block_ids[index])] == 1, "a shared block is written"
 
+    def _check_parting(self, computing: tuple[PlanRow, ...], parted: list[PlanRow]) -> None:
+        """All that wait for a prompt start where it ends, and compute nothing for it."""
+        by_record = {id(self.records[row.request.request_id]): row for row in computing}
+        expected = [
+            name
+            for name, record in self.records.items()
+            if not record.waits_alone
+            and (source := by_record.get(id(record.parent))) is not None
+            and source.samples
+        ]
+        assert sorted(row.request.request_id for row in parted) == sorted(expected)
+        for row in parted:
+            record = self.records[row.request.request_id]
+            assert record.parent is not None
+            assert row.logits_of is not None
+            source = computing[row.logits_of]
+            assert source.request.request_id == record.parent.request.request_id
+            assert row.request == record.request
+            assert not record.has_slot
+            assert (row.history, row.samples) == ((), True)
+            assert (row.start, row.num_tokens) == (record.num_prompt, 0)
+            record.part()
+            self.counts["parted"] += 1
+
     def _check_row(self, row: PlanRow, *, is_last: bool) -> None:
         record = self.records[row.request.request_id]
-        assert row.request is record.request
+        assert row.request == record.request
         assert 0 <= row.slot < self.limits.max_num_seqs
         assert not row.block_ids.flags.writeable
         total = record.num_prompt + record.num_sampled

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import BucketConfig, SchedulerConfig
-from engine.core.batching import bucket_set, build, choose_bucket, empty
-from engine.types import Batch, Bucket, PlanRow, Request, SamplingParams, StepPlan
+from engine.core.batching import Batch, Bucket, bucket_set, build, choose_bucket, empty
+from engine.types import PlanRow, Request, SamplingParams, StepPlan
 from tests.core.driver import Driver, make_request
 
 SINK = 99
@@ -61,6 +61,7 @@ def naive_layout(plan: StepPlan, bucket: Bucket, sink_slot: int) -> dict[str, np
         "block_tables": [[0] * num_blocks for _ in range(num_seqs)],
         "slots": [sink_slot] * num_seqs,
         "samples": [False] * num_seqs,
+        "logits_tokens": [0] * num_seqs,
         "temperature": [0.0] * num_seqs,
         "top_k": [0] * num_seqs,
         "top_p": [1.0] * num_seqs,
@@ -88,7 +89,9 @@ def naive_layout(plan: StepPlan, bucket: Bucket, sink_slot: int) -> dict[str, np
                 prompt_entries.append((at, row.request.prompt_ids[position + 1]))
             at += 1
         out["query_starts"][index + 1] = at
-        out["kv_lens"][index] = row.start + row.num_tokens
+        out["kv_lens"][index] = row.start + row.num_tokens if row.num_tokens else 0
+        source = index if row.logits_of is None else row.logits_of
+        out["logits_tokens"][index] = out["query_starts"][source + 1] - 1
         for column in range(len(row.block_ids)):
             out["block_tables"][index][column] = row.block_ids[column]
         out["slots"][index] = row.slot
@@ -167,6 +170,10 @@ def random_plan(rng: random.Random) -> StepPlan:
         cut = rng.randint(1, row.start + row.num_tokens)
         request = dataclasses.replace(row.request, prompt_ids=row.request.prompt_ids[:cut])
         rows.append(row._replace(request=request))
+    for slot in range(rng.choice((0, 0, 2))):  # that part from one of those
+        source = rng.randrange(len(rows))
+        row = make_row(rng.randint(1, 9), 0, known=False, slot=7 + slot, temperature=0.7, seed=slot)
+        rows.append(row._replace(logits_of=source, history=()))
     return StepPlan(step=0, rows=tuple(rows))
 
 
@@ -217,6 +224,25 @@ def test_padded_rows_and_tokens_hold_neutral_values():
 def test_a_token_the_host_does_not_know_is_left_to_the_slot():
     batch = build(StepPlan(0, (make_row(5, 1, known=False),)), (Bucket(1, 1, 2),), SINK)
     assert batch.token_ids.tolist() == [-1]
+
+
+def test_a_row_that_parts_from_another_samples_from_its_logits_and_has_no_tokens():
+    parting = make_row(5, 0, known=False, slot=3)._replace(logits_of=1, history=())
+    plan = StepPlan(0, (make_row(7, 1), make_row(2, 3), parting, parting))
+    batch = build(plan, (Bucket(8, 4, 3),), SINK)
+    assert batch.query_starts.tolist() == [0, 1, 4, 4, 4]
+    assert batch.kv_lens.tolist() == [8, 5, 0, 0]
+    assert batch.logits_tokens.tolist() == [0, 3, 3, 3]
+
+
+def test_rows_that_only_sample_fit_beside_single_tokens_and_beside_prompts():
+    """As many rows as there may be, in steps of as few tokens as there may be."""
+    config = SchedulerConfig(max_num_seqs=4, max_step_tokens=4)
+    buckets = bucket_set(BucketConfig(), config, num_blocks=3)
+    parting = make_row(5, 0, known=False)._replace(logits_of=0, history=())
+    for num_tokens, expected in ((1, Bucket(4, 4, 3)), (4, Bucket(5, 4, 3))):
+        plan = StepPlan(0, (make_row(2, num_tokens), parting, parting, parting))
+        assert choose_bucket(plan, buckets) == expected
 
 
 def test_a_plain_greedy_row_costs_the_sampler_nothing():

@@ -9,7 +9,8 @@ from typing import Any
 import pytest
 
 from engine.core import scheduler
-from engine.core.scheduler import Limits, SchedulerState, StaleState
+from engine.core.limits import Limits
+from engine.core.scheduler import SchedulerState, StaleState
 from engine.types import (
     Domain,
     InvalidRequest,

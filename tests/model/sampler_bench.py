@@ -14,9 +14,10 @@ import jax
 import numpy as np
 
 from engine.core import batching
+from engine.core.batching import Bucket
 from engine.model import sampler
 from engine.runtime import runner
-from engine.types import Bucket, PlanRow, Request, StepPlan
+from engine.types import PlanRow, Request, StepPlan
 from tests.engines import make_request
 
 NUM_SLOTS = 8  # without the sink

@@ -11,9 +11,10 @@ import numpy as np
 import pytest
 
 from engine.core import batching
+from engine.core.batching import Bucket
 from engine.model import sampler
 from engine.runtime import runner
-from engine.types import MAX_LOGPROBS, Bucket, Request
+from engine.types import MAX_LOGPROBS, Request
 from tests.conftest import DATA
 from tests.engines import Result, make_request, small_engine
 from tests.model.sampler_bench import (

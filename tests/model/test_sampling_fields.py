@@ -19,7 +19,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from engine.config import from_tree
 from engine.frontend import Engine
-from engine.types import Domain, FinishReason, Request, SamplingParams, TokenLogprobs
+from engine.types import Domain, FinishReason, Fork, Request, SamplingParams, TokenLogprobs
 from tests.conftest import DATA
 from tests.engines import Result, make_request, small_engine
 
@@ -100,6 +100,11 @@ CHANGES: dict[str, Change] = {
         False,
         {"logit_bias": ((SPECIAL, 100.0),)},
         lambda before, after: before.text == "" and after.text == "<special>" * 24,
+    ),
+    "n": Change(
+        3,
+        {"ignore_eos": True},
+        lambda before, after: len(after.token_ids) == 3 * len(before.token_ids),
     ),
 }
 
@@ -203,6 +208,7 @@ REQUESTS: dict[str, tuple[dict[str, Any], Any]] = {
     ),
     "domain": (SAMPLED, Domain("somebody else")),
     "priority": (SAMPLED, -1),
+    "forks": (SAMPLED, (Fork("third", 7),)),
 }
 ELSEWHERE = {
     "request_id": "names the output: test_results_go_to_the_request_of_their_id",

@@ -148,6 +148,7 @@ FEATURE_MUTANTS = {
         "by_kv_head(options.v_scales)",
         "by_kv_head(options.k_scales)",
     ),
+    "the bits of float8 are read as numbers": ("from_bits(kv).astype", "kv.astype"),
     "queries are rounded to 8 bits": (
         "q.astype(product_dtype(kv_pool.dtype))",
         "q.astype(kv_pool.dtype).astype(product_dtype(kv_pool.dtype))",
@@ -157,21 +158,25 @@ FEATURE_MUTANTS = {
 # Mistakes in the entry that all backends share.
 ENTRY_MUTANTS = {
     "keys are not scaled": (
-        "quantise(k_TKH, kv_pool.dtype, k_scales)",
-        "quantise(k_TKH, kv_pool.dtype)",
+        "quantise(k_TKH, cache_dtype, k_scales)",
+        "quantise(k_TKH, cache_dtype)",
     ),
     "values are not scaled": (
-        "quantise(v_TKH, kv_pool.dtype, v_scales)",
-        "quantise(v_TKH, kv_pool.dtype)",
+        "quantise(v_TKH, cache_dtype, v_scales)",
+        "quantise(v_TKH, cache_dtype)",
     ),
     "values are scaled as keys": (
-        "quantise(v_TKH, kv_pool.dtype, v_scales)",
-        "quantise(v_TKH, kv_pool.dtype, k_scales)",
+        "quantise(v_TKH, cache_dtype, v_scales)",
+        "quantise(v_TKH, cache_dtype, k_scales)",
     ),
     "scales multiply instead of dividing": ("(1.0 / scales_K)", "scales_K"),
     "nothing is clipped": ("x = jnp.clip(x, float(limits.min), float(limits.max))", "pass"),
     "int8 cuts off instead of rounding": ("jnp.round(x)", "jnp.trunc(x)"),
     "int8 rounds up": ("jnp.round(x)", "jnp.ceil(x)"),
+    "the bits of float8 are taken for numbers": (
+        "kv_new = jax.lax.bitcast_convert_type(kv_new, kv_pool.dtype)",
+        "kv_new = kv_new.astype(kv_pool.dtype)",
+    ),
     "the scales change places": (
         "k_scales, v_scales = (None, None)",
         "v_scales, k_scales = (None, None)",

@@ -12,11 +12,11 @@ from collections import defaultdict
 from typing import Any
 
 from engine.config import BucketConfig, SchedulerConfig
-from engine.core.batching import bucket_set
-from engine.core.scheduler import Limits
+from engine.core.batching import Batch, bucket_set
+from engine.core.limits import Limits
 from engine.runtime.loop import EngineLoop, News, Rejected
 from engine.runtime.runner import RunnerShape
-from engine.types import Batch, InvalidRequest, QueueFull, Request, StepPlan, StepTokens
+from engine.types import InvalidRequest, QueueFull, Request, StepPlan, StepTokens
 from tests.engines import Result
 
 LIMITS = Limits(

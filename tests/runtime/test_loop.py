@@ -13,11 +13,12 @@ from typing import Any
 import pytest
 
 from engine.core import scheduler
+from engine.core.batching import Batch
 from engine.runtime import compiles, loop
 from engine.runtime.event_log import replay
 from engine.runtime.loop import EngineLoop, EngineStopped, StepRecord
 from engine.runtime.runner import Launched
-from engine.types import Batch, FinishReason, InvalidRequest, QueueFull, StepPlan, StepTokens
+from engine.types import FinishReason, InvalidRequest, QueueFull, StepPlan, StepTokens
 from tests.engines import SmallEngine, make_request, small_engine
 from tests.runtime.fake_runner import (
     LIMITS,

@@ -23,7 +23,7 @@ import pytest
 from engine.aot.hlo import pool_copies
 from engine.config import BucketConfig, SchedulerConfig
 from engine.core import scheduler
-from engine.core.scheduler import Limits
+from engine.core.limits import Limits
 from engine.model import sampler
 from engine.runtime import compiles, loop
 from engine.runtime.event_log import replay

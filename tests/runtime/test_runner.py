@@ -9,7 +9,7 @@ import pytest
 
 from engine.config import BucketConfig, SchedulerConfig
 from engine.core import batching
-from engine.core.scheduler import Limits
+from engine.core.limits import Limits
 from engine.runtime import compiles
 from engine.runtime.step import PROMPT_LOGPROB_ROWS
 from engine.types import MAX_LOGPROBS, StepPlan

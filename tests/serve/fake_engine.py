@@ -102,6 +102,7 @@ class FakeEngine(Engine):
                 self.yielded += 1
                 wants = sampling.prompt_logprobs is not None and count == 1
                 yield Delta(
+                    index=0,
                     text=self.tokenizer.decode([token]) + self.padding,
                     token_ids=(token,),
                     logprobs=(_logprobs(token),) if sampling.logprobs is not None else (),

@@ -90,7 +90,7 @@ def test_sampling_params_survive_the_way_there_and_back(field: FieldDescriptor) 
 def test_zero_is_not_the_same_as_unset(field: FieldDescriptor) -> None:
     """A field set to zero is taken as zero or refused; it never becomes the default."""
     message = pb.SamplingParams(**{field.name: type(getattr(pb.SamplingParams(), field.name))()})
-    if field.name in ("max_tokens", "top_p", "repetition_penalty"):
+    if field.name in ("max_tokens", "top_p", "repetition_penalty", "n"):
         with pytest.raises(InvalidRequest, match=field.name):
             convert.sampling_from_proto(message, VOCAB_SIZE)
     else:

@@ -83,6 +83,7 @@ def test_large_log_probabilities_are_spread_over_messages_that_clients_accept() 
     top = tuple((200_000 + i, -1.25 * i) for i in range(20))
     entries = tuple(TokenLogprobs(100_000 + i, -0.5, top) for i in range(positions))
     delta = frontend.Delta(
+        index=0,
         text="text",
         token_ids=tuple(range(positions)),
         logprobs=entries,

@@ -1,0 +1,160 @@
+"""One step, decided: which sequences run in it, with which blocks.
+
+The policy, in order. Every running sequence whose prompt is done gets one token (decodes
+first, so a long prompt never stalls a stream); then running prompts get chunks; then waiting
+requests are admitted, by priority and arrival, each with blocks for all its known tokens, so
+that only decodes ever need a block on the way. A decode that finds none preempts the
+lowest-ranked running sequence, which is recomputed later. Nothing overtakes the head of the
+queue, so nothing starves. A request's forks start when its prompt is computed, on its blocks;
+whoever then writes to a shared block first gets a copy of it.
+"""
+
+from __future__ import annotations
+
+from engine.core.limits import Limits
+from engine.core.sequences import Core, Sequence
+from engine.types import BlockCopy, PlanRow, StepPlan
+
+
+def plan_step(core: Core, limits: Limits) -> StepPlan:
+    """Decide one step, and take what it needs from the core."""
+    rows: list[PlanRow] = []
+    copies: list[BlockCopy] = []
+    preempted = _schedule_decodes(core, rows, copies)
+    num_decodes = len(rows)
+    budget = limits.max_step_tokens - num_decodes
+    for seq in core.running:
+        if seq.num_uncomputed > 1 and budget > 0:
+            num_tokens = min(seq.num_uncomputed, budget)
+            rows.append(_advance(seq, num_tokens, limits.block_size))
+            budget -= num_tokens
+    if not preempted:  # who was just preempted must not come straight back
+        _admit_waiting(core, limits, rows, budget)
+    if limits.prefix_reuse:
+        for row in rows[num_decodes:]:
+            name_full_blocks(core.sequences[row.request.request_id], core, limits)
+    _part(core, rows)
+    plan = StepPlan(core.step, tuple(rows), tuple(copies), tuple(preempted))
+    if rows:
+        core.in_flight.append(core.step)
+    core.step += 1
+    return plan
+
+
+def name_full_blocks(seq: Sequence, core: Core, limits: Limits) -> None:
+    """Let later plans match the blocks whose tokens are known and computed, or planned to be.
+
+    A planned block may be matched before it is computed, because launches run in order. It
+    is not matched within its own plan: kernels may not order writes and reads of one step.
+    """
+    full = min(seq.num_computed, len(seq.token_ids)) // limits.block_size
+    if full > seq.num_blocks_named:
+        seq.extend_keys(full, limits.block_size, limits.fingerprint)
+        for index in range(seq.num_blocks_named, full):
+            core.pool.name(int(seq.block_ids[index]), seq.keys[index])
+        seq.num_blocks_named = full
+
+
+def _schedule_decodes(core: Core, rows: list[PlanRow], copies: list[BlockCopy]) -> list[str]:
+    """One token for every running sequence that lacks just one. Returns who was preempted."""
+    preempted: list[str] = []
+    running, block_size = core.running, core.block_size
+    index = 0
+    while index < len(running):
+        seq = running[index]
+        index += 1
+        if seq.num_uncomputed != 1 or seq.num_total >= seq.max_total:
+            continue
+        while _needs_block(seq, core):
+            if core.pool.num_available:
+                _give_block(seq, core, copies)
+                break
+            # Only sequences ranked after this one are given up for it, and those have no row
+            # yet. If there are none, it goes itself: the higher ranks keep what they have.
+            victim = running[-1]
+            core.preempt(victim)
+            preempted.append(victim.request.request_id)
+            if victim is seq:
+                return preempted
+        rows.append(_advance(seq, 1, block_size))
+    return preempted
+
+
+def _needs_block(seq: Sequence, core: Core) -> bool:
+    """Whether the next position has no place yet, or one in a block that is another's too."""
+    if seq.num_computed == seq.num_blocks * core.block_size:
+        return True
+    return seq.shares_tail and core.pool.is_shared(seq.tail)
+
+
+def _give_block(seq: Sequence, core: Core, copies: list[BlockCopy]) -> None:
+    """A block for the next position; a copy of the last one if that is where it belongs."""
+    (block,) = core.pool.allocate(1)
+    if seq.num_computed == seq.num_blocks * core.block_size:
+        seq.append_blocks([block])
+    else:
+        shared = seq.replace_tail(block)
+        core.pool.release([shared])
+        copies.append(BlockCopy(shared, block))
+
+
+def _admit_waiting(core: Core, limits: Limits, rows: list[PlanRow], budget: int) -> None:
+    """Start waiting requests, strictly in order, while slots, tokens and blocks last."""
+    block_size = limits.block_size
+    while budget > 0 and core.free_slots and (seq := core.waiting.first()) is not None:
+        if seq.num_pending:
+            return  # preempted with a token on the way, whose value the recomputation needs
+        num_forks = len(seq.forks)
+        if num_forks >= core.num_unclaimed_slots:
+            return
+        num_known = len(seq.token_ids)
+        hits: list[int] = []
+        if limits.prefix_reuse and not seq.needs_whole_prompt:
+            # The last known token is always computed: its logits choose the next one.
+            most = (num_known - 1) // block_size
+            seq.extend_keys(most, block_size, limits.fingerprint)
+            hits = core.pool.match(seq.keys[:most])
+        needed = core.blocks_for(num_known) - len(hits) + core.pool.num_cached(hits)
+        # One block of growth for each running sequence, so that an admission doesn't make
+        # the very next steps preempt.
+        growth = core.num_slots - core.num_unclaimed_slots + num_forks
+        if core.running and needed + growth > core.pool.num_available:
+            return
+        core.start(seq, hits)
+        num_tokens = min(seq.num_uncomputed, budget)
+        rows.append(_advance(seq, num_tokens, block_size))
+        budget -= num_tokens
+
+
+def _part(core: Core, rows: list[PlanRow]) -> None:
+    """Let the forks of each prompt that this step ends sample from its last logits too."""
+    for seq in [seq for seq in core.running if seq.forks and seq.num_total > seq.num_prompt]:
+        source = next(index for index, row in enumerate(rows) if row.request is seq.request)
+        for fork in core.part(seq):
+            rows.append(_advance(fork, 0, core.block_size)._replace(logits_of=source))
+
+
+def _advance(seq: Sequence, num_tokens: int, block_size: int) -> PlanRow:
+    """Plan the next `num_tokens` positions of a sequence that has the blocks for them.
+
+    It samples if no known token is left; one that has just parted has none to begin with.
+    """
+    start = seq.num_computed
+    stop = start + num_tokens
+    total = seq.num_total
+    samples = stop == total
+    row = PlanRow(
+        seq.request,
+        seq.slot,
+        start,
+        num_tokens,
+        tuple(seq.token_ids[start:stop]),
+        seq.block_ids[: -(-stop // block_size)],
+        samples,
+        total - seq.num_prompt,
+        None if seq.has_state else seq.take_history(),
+    )
+    seq.num_computed = stop
+    if samples:
+        seq.num_total = total + 1
+    return row

@@ -1,0 +1,88 @@
+"""Copies whole blocks inside the pool, in every layer, as one program: copy-on-write's device side.
+
+It runs between two steps, so that a step finds every copy done and no kernel orders anything.
+"""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Sequence
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from engine.types import BlockCopy
+
+AT_A_TIME = 8  # blocks held beside the pool, of one layer
+
+
+class BlockCopier:
+    """The compiled program for one pool; at most `max_copies` copies a call."""
+
+    def __init__(self, kv_pool: jax.ShapeDtypeStruct, num_layers: int, max_copies: int):
+        """
+        Args:
+          kv_pool: the pool's shape, dtype and sharding.
+          num_layers: whose copies of a block lie one after the other in it.
+          max_copies: of one step; a sequence copies one block at most.
+        """
+        self._num_blocks = kv_pool.shape[0] // num_layers
+        self._size = -(-max_copies // AT_A_TIME) * AT_A_TIME
+        program = jax.jit(
+            functools.partial(copy_blocks, num_layers=num_layers),
+            donate_argnums=0,
+            out_shardings=kv_pool.sharding,
+        )
+        self.program = program.lower(kv_pool, *self._arguments(())).compile()
+
+    def __call__(self, kv_pool: jax.Array, copies: Sequence[BlockCopy]) -> jax.Array:
+        """The pool after the copies; the one given is consumed."""
+        return self.program(kv_pool, *self._arguments(copies))
+
+    def _arguments(self, copies: Sequence[BlockCopy]) -> tuple[np.ndarray, np.ndarray, np.int32]:
+        # A block that is given up and taken again within a plan is a destination twice, and what
+        # it got first is nobody's. One call must not write a place twice in no order.
+        last = {copy.destination: copy.source for copy in copies}
+        assert len(last) <= self._size, f"{len(last)} copies, but the program takes {self._size}"
+        sources = np.zeros(self._size, np.int32)
+        destinations = np.full(self._size, self._num_blocks, np.int32)
+        sources[: len(last)] = list(last.values())
+        destinations[: len(last)] = list(last)
+        return sources, destinations, np.int32(len(last))
+
+
+def copy_blocks(
+    kv_pool: jax.Array,
+    sources: jax.Array,
+    destinations: jax.Array,
+    count: jax.Array,
+    *,
+    num_layers: int,
+) -> jax.Array:
+    """Copy blocks of every layer onto others of the same layer.
+
+    Args:
+      kv_pool: [num_layers * num_blocks, ...]; donate it.
+      sources: int32[n], a multiple of AT_A_TIME.
+      destinations: int32[n], no two alike; num_blocks where there is no copy.
+      count: int32[], how many there are; they come first.
+      num_layers: in the pool.
+    """
+    num_entries = kv_pool.shape[0]
+    num_blocks = num_entries // num_layers
+
+    def some(step, kv_pool):
+        source, destination = (
+            jax.lax.dynamic_slice_in_dim(blocks, step * AT_A_TIME, AT_A_TIME)
+            for blocks in (sources, destinations)
+        )
+
+        def layer(index, kv_pool):  # layer by layer: all at once would copy the pool
+            first = index * num_blocks
+            target = jnp.where(destination < num_blocks, first + destination, num_entries)
+            return kv_pool.at[target].set(kv_pool[first + source], mode="drop")
+
+        return jax.lax.fori_loop(0, num_layers, layer, kv_pool)
+
+    return jax.lax.fori_loop(0, -(-count // AT_A_TIME), some, kv_pool)
