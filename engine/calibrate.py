@@ -206,6 +206,7 @@ def _unquantised(config: Config, arch: Architecture) -> Config:
             dtype=None,
             scales="",
             prefix_reuse=False,
+            host_memory=0,
         ),
         scheduler=SchedulerConfig(max_num_seqs=1, max_step_tokens=tokens),
         buckets=BucketConfig(decode_seqs=(1,), prefill_tokens=(tokens,), prefill_seqs=(1,)),

@@ -127,6 +127,7 @@ class AsyncClient:
         request_id: str | None = None,
         priority: int | None = None,
         cache_salt: str | None = None,
+        share_prefix: bool | None = None,
         timeout: float | None = None,
         **sampling_fields: Any,
     ) -> AsyncGenerator[Delta]:
@@ -138,6 +139,7 @@ class AsyncClient:
           request_id: names the request for `abort`; the server chooses one if left out.
           priority: lower runs first.
           cache_salt: share cached prefixes only with requests of the same salt.
+          share_prefix: False uses no other request's prefix, and leaves none to others.
           timeout: seconds for the whole answer; then the call fails (DEADLINE_EXCEEDED).
         """
         if sampling is not None and sampling_fields:
@@ -145,7 +147,12 @@ class AsyncClient:
         request = convert.request_to_proto(
             prompt,
             sampling or SamplingParams(**sampling_fields),
-            **_given(request_id=request_id, priority=priority, cache_salt=cache_salt),
+            **_given(
+                request_id=request_id,
+                priority=priority,
+                cache_salt=cache_salt,
+                share_prefix=share_prefix,
+            ),
         )
         call = self._stub().Generate(request, timeout=timeout)
         try:

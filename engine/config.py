@@ -135,6 +135,8 @@ class CacheConfig:
         it, float8_e4m3fn holds values as they are. A relative path starts at the config
         file's folder.
       prefix_reuse: whether finished blocks are kept for requests with the same prefix.
+      host_memory: bytes of the host's memory for blocks that had to leave the pool: they come
+        back by a transfer where they would be computed again. 0: none.
     """
 
     block_size: int = 16
@@ -143,6 +145,7 @@ class CacheConfig:
     dtype: CacheDtype | None = None
     scales: str = ""
     prefix_reuse: bool = True
+    host_memory: int = 0
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -396,6 +399,13 @@ def _check(config: Config) -> None:
         raise ConfigError(
             f"cache.scales is {cache.scales!r}, but the cache is held in {config.cache_dtype}, "
             "which takes none; leave it out or set cache.dtype to int8 or float8_e4m3fn"
+        )
+    if cache.host_memory < 0:
+        raise ConfigError(f"cache.host_memory is {cache.host_memory}; it must be at least 0")
+    if cache.host_memory and not cache.prefix_reuse:
+        raise ConfigError(
+            "cache.host_memory keeps blocks by what they hold, which takes cache.prefix_reuse; "
+            "turn that on or leave the memory out"
         )
     positive: Sequence[tuple[str, int | None]] = (
         ("cache.num_blocks", cache.num_blocks),

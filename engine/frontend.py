@@ -68,6 +68,9 @@ class EngineStats:
     generated_tokens: int
     cached_prompt_tokens: int
     preemptions: int
+    copied_blocks: int
+    swapped_out_blocks: int
+    swapped_in_blocks: int
     padded_tokens: int
     computed_tokens: int
     compiles_after_warmup: int
@@ -129,6 +132,7 @@ class Engine:
         *,
         request_id: str | None = None,
         domain: Domain | None = None,
+        share_prefix: bool = True,
         priority: int = 0,
         timeout: float | None = None,
     ) -> AsyncGenerator[Delta]:
@@ -142,6 +146,8 @@ class Engine:
           sampling: by default `SamplingParams()`.
           request_id: unique among running requests; made up if None.
           domain: who may share cached blocks.
+          share_prefix: use blocks that earlier requests left, and leave blocks for later ones.
+            Without, it has a domain of its own, in which it may still resume after a preemption.
           priority: lower goes first.
           timeout: seconds after which it ends with DEADLINE.
 
@@ -151,6 +157,9 @@ class Engine:
         """
         received = time.monotonic()
         sampling = sampling or SamplingParams()
+        domain = domain or Domain()
+        if not share_prefix:
+            domain = dataclasses.replace(domain, salt=f"{domain.salt}/{secrets.token_hex(16)}")
         number = next(self._numbers)
         if request_id is None:
             request_id = f"octavo-{number}-{secrets.token_hex(4)}"
@@ -165,7 +174,7 @@ class Engine:
                 stream.key,
                 prompt,
                 sampling,
-                domain=domain or Domain(),
+                domain=domain,
                 priority=priority,
                 deadline=deadline_after(timeout, since=received),
             )
@@ -232,6 +241,9 @@ class Engine:
             generated_tokens=totals.generated_tokens,
             cached_prompt_tokens=totals.cached_prompt_tokens,
             preemptions=totals.preemptions,
+            copied_blocks=totals.copied_blocks,
+            swapped_out_blocks=totals.swapped_out_blocks,
+            swapped_in_blocks=totals.swapped_in_blocks,
             padded_tokens=totals.padded_tokens,
             computed_tokens=totals.computed_tokens,
             compiles_after_warmup=self._loaded.compiles_after_warmup(),

@@ -21,7 +21,7 @@ from jax.experimental.compilation_cache import compilation_cache
 from engine.config import Architecture, Backend, Config, ConfigError, resolve_source
 from engine.core.batching import bucket_set
 from engine.core.limits import Limits
-from engine.memory_plan import config_blocks, kv_copies
+from engine.memory_plan import config_blocks, host_blocks, kv_copies
 from engine.model.attention import Attention, Resolved, Shape, check_supported, resolve_backend
 from engine.model.decoder import abstract_decoder
 from engine.model.sampler import MAX_STOP_IDS
@@ -76,6 +76,7 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
     resolved = resolve_attention(config)
     scales = load_scales(config, arch)
+    _check_host_memory(config)
     limits = make_limits(
         config, arch, checkpoint.fingerprint, backend=resolved.backend, scales=scales
     )
@@ -234,6 +235,7 @@ def make_limits(
         max_model_len=max_model_len,
         max_waiting=config.scheduler.max_waiting,
         prefix_reuse=config.cache.prefix_reuse,
+        host_blocks=host_blocks(config, arch, backend),
         # Keys and values depend on how they are computed and held, not on the weights alone.
         fingerprint=":".join(
             (
@@ -256,6 +258,7 @@ def runner_shape(config: Config, limits: Limits) -> RunnerShape:
         buckets=bucket_set(
             config.buckets, config.scheduler, -(-limits.max_model_len // limits.block_size)
         ),
+        host_blocks=limits.host_blocks,
     )
 
 
@@ -288,6 +291,17 @@ def use_compile_cache(folder: str) -> None:
     jax.config.update("jax_compilation_cache_dir", str(path))
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.0)
     jax.config.update("jax_persistent_cache_min_entry_size_bytes", -1)
+
+
+def _check_host_memory(config: Config) -> None:
+    """Refuse a host tier beyond the machine's memory: it would swap, and take longer than
+    computing its blocks anew."""
+    memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if config.cache.host_memory > memory:
+        raise ConfigError(
+            f"cache.host_memory is {config.cache.host_memory} bytes, but this machine has "
+            f"{memory}; lower it"
+        )
 
 
 @contextlib.contextmanager

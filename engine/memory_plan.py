@@ -148,6 +148,22 @@ def config_blocks(config: Config, arch: Architecture, backend: Backend | None = 
     return config.cache.memory // block
 
 
+def host_blocks(config: Config, arch: Architecture, backend: Backend) -> int:
+    """Blocks of the host tier that a config asks for; copies and padding are kept there too.
+
+    Raises:
+      ConfigError: `cache.host_memory` doesn't hold a single block.
+    """
+    memory = config.cache.host_memory
+    block = _block_bytes_per_chip(config, arch, backend) * config.mesh.tensor
+    if 0 < memory < block:
+        raise ConfigError(
+            f"cache.host_memory is {memory} bytes, but one block of {config.cache.block_size} "
+            f"tokens takes {block}; raise it, or leave it out for no host tier"
+        )
+    return memory // block
+
+
 def kv_copies(arch: Architecture, tensor: int) -> int:
     """How many of `tensor` chips hold each KV head."""
     return max(1, tensor // arch.num_kv_heads)

@@ -328,11 +328,25 @@ class BlockCopy(NamedTuple):
     destination: int
 
 
+class SwapOut(NamedTuple):
+    """Copy a block to a slot of the host tier, before anything is written to the block."""
+
+    block: int
+    slot: int
+    key: bytes  # names the contents
+
+
+class SwapIn(NamedTuple):
+    """Copy a slot of the host tier to a block; before the same plan's swaps out fill the slot."""
+
+    slot: int
+    block: int
+
+
 class PlanRow(NamedTuple):
     """What one sequence does in one step: `num_tokens` positions from `start` on.
 
-    A sequence that parts from another in this step has none yet: it only samples, from the
-    other's logits.
+    A sequence that parts from another has none yet: it only samples, from the other's logits.
 
     Attributes:
       request: the request, for its sampling parameters.
@@ -372,12 +386,15 @@ class StepPlan:
         Empty: nothing can run now.
       block_copies: to be done before the step's writes, all of them at once (copy-on-write).
       preempted: ids of requests that lost their blocks in this step.
+      swap_outs, swap_ins: between pool and host tier, before the step and its copies.
     """
 
     step: int
     rows: tuple[PlanRow, ...]
     block_copies: tuple[BlockCopy, ...] = ()
     preempted: tuple[str, ...] = ()
+    swap_outs: tuple[SwapOut, ...] = ()
+    swap_ins: tuple[SwapIn, ...] = ()
 
     @property
     def num_tokens(self) -> int:

@@ -146,6 +146,7 @@ def small_engine(
     max_model_len: int = 128,
     config: SchedulerConfig = SCHEDULER,
     buckets: BucketConfig = BUCKETS,
+    host_blocks: int = 0,
 ) -> SmallEngine:
     """Load a checkpoint and compile its buckets; equal arguments give the same engine.
 
@@ -165,6 +166,7 @@ def small_engine(
         max_num_seqs=config.max_num_seqs,
         cache_dtype=jnp.dtype(cache_dtype or dtype),
         buckets=batching.bucket_set(buckets, config, -(-max_model_len // block_size)),
+        host_blocks=host_blocks,
     )
     weights = load_params(checkpoint, weight_shardings(model, mesh), kv_copies=copies)
     attention = Attention(backend, mesh, interpret)
@@ -180,6 +182,7 @@ def small_engine(
         max_step_tokens=config.max_step_tokens,
         max_model_len=max_model_len,
         max_waiting=config.max_waiting,
+        host_blocks=host_blocks,
         fingerprint=checkpoint.fingerprint,
     )
     return SmallEngine(checkpoint, runner, limits)

@@ -109,6 +109,20 @@ async def test_deltas_add_up_to_the_tokens_and_their_text(engine: Engine) -> Non
     assert (answer.last.usage.prompt_tokens, answer.last.usage.cached_tokens) == (5, 0)
 
 
+async def test_a_request_that_shares_no_prefix_finds_none_and_leaves_none(engine: Engine) -> None:
+    """And the pair of each: what shares does find, under the same salt."""
+    cached = {}
+    for domain in (Domain(), Domain("default", "pepper")):
+        for text in ("long enough for two blocks, it is", "some other text of over two blocks"):
+            first, second = ("shared", "private") if text < "p" else ("private", "shared")
+            for step, name in enumerate((first, second, "shared")):
+                answer = await ask(engine, text, domain=domain, share_prefix=name == "shared")
+                cached[domain, text < "p", step] = answer.last.usage.cached_tokens
+    assert cached == {
+        (domain, shared_first, step): 32 * (step == 2) for domain, shared_first, step in cached
+    }
+
+
 async def test_text_ids_and_the_rendered_chat_are_the_same_prompt(engine: Engine) -> None:
     text = await ask(engine, "hi")
     assert (await ask(engine, (104, 105))).tokens == text.tokens

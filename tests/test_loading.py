@@ -76,6 +76,10 @@ def test_limits_come_from_the_config_and_the_model() -> None:
     # A token takes K and V of 2 layers x 2 heads x 16 floats.
     assert limits_of(**by_memory).num_blocks == 2**20 // (16 * 2 * 2 * 2 * 16 * 4)
     assert limits_of(backend="tpu", **by_memory).num_blocks == 2**20 // (16 * 2 * 2 * 2 * 64 * 4)
+    assert limits.host_blocks == 0
+    on_host = {"cache.host_memory": "1MiB"}
+    assert limits_of(**on_host).host_blocks == 2**20 // (16 * 2 * 2 * 2 * 16 * 4)
+    assert limits_of(backend="tpu", **on_host).host_blocks == 2**20 // (16 * 2 * 2 * 2 * 64 * 4)
 
 
 def test_block_keys_tell_weights_dtypes_and_scales_apart() -> None:

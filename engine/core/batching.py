@@ -101,8 +101,9 @@ def bucket_set(
     # A step of single tokens fits the largest decode bucket, as decode_seqs ends at
     # max_num_seqs. Any other fits this one, which has a token more than sequences, lest it be a
     # decode bucket.
-    largest = Bucket(max(max_tokens, max_seqs + 1), max_seqs, num_blocks)
-    return tuple(sorted(decode | prefill | {largest}))
+    if max_tokens > 1:
+        prefill.add(Bucket(max(max_tokens, max_seqs + 1), max_seqs, num_blocks))
+    return tuple(sorted(decode | prefill))
 
 
 def choose_bucket(plan: StepPlan, buckets: tuple[Bucket, ...]) -> Bucket:

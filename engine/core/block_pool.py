@@ -31,7 +31,15 @@ class BlockPool:
     It is owned by one `SchedulerState`, which never shows it to its callers.
     """
 
-    __slots__ = ("_block_of", "_cached", "_free", "_key_of", "_ref_counts", "num_blocks")
+    __slots__ = (
+        "_block_of",
+        "_cached",
+        "_evicted",
+        "_free",
+        "_key_of",
+        "_ref_counts",
+        "num_blocks",
+    )
 
     def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
@@ -40,6 +48,7 @@ class BlockPool:
         self._cached: OrderedDict[int, None] = OrderedDict()  # in order of eviction
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
+        self._evicted: list[tuple[int, bytes]] = []
 
     @property
     def num_available(self) -> int:
@@ -51,6 +60,16 @@ class BlockPool:
         """Blocks by state."""
         free, cached = len(self._free), len(self._cached)
         return PoolCounts(free, cached, self.num_blocks - free - cached)
+
+    def blocks_to_start(self, known: int, capacity: int) -> int:
+        """How many blocks a sequence takes to start, that has tokens for `known` of them now and
+        for at most `capacity` of them in the end."""
+        del capacity  # further blocks come one by one
+        return known
+
+    def has_room(self, count: int, growth: int) -> bool:
+        """Whether `count` blocks can be allocated, and `growth` single ones after them."""
+        return count + growth <= self.num_available
 
     def allocate(self, count: int) -> list[int]:
         """Take `count` blocks, each owned once, evicting cached ones if needed."""
@@ -118,6 +137,11 @@ class BlockPool:
             self._block_of[key] = block
             self._key_of[block] = key
 
+    def take_evicted(self) -> list[tuple[int, bytes]]:
+        """Blocks that were evicted since the last call, and the keys of what they held."""
+        evicted, self._evicted = self._evicted, []
+        return evicted
+
     def forget_names(self) -> None:
         """Drop every key: no block's contents can be matched any more."""
         self._block_of.clear()
@@ -134,6 +158,7 @@ class BlockPool:
         other._cached = self._cached.copy()
         other._block_of = self._block_of.copy()
         other._key_of = self._key_of.copy()
+        other._evicted = self._evicted.copy()
         return other
 
     def check(self, owners: Iterable[Sequence[int]]) -> None:
@@ -157,5 +182,7 @@ class BlockPool:
 
     def _evict(self) -> int:
         block, _ = self._cached.popitem(last=False)
-        del self._block_of[self._key_of.pop(block)]
+        key = self._key_of.pop(block)
+        del self._block_of[key]
+        self._evicted.append((block, key))
         return block

@@ -11,7 +11,8 @@ MAX_INT32 = 2**31 - 1  # block ids, positions and token ids are int32 on the dev
 class Limits:
     """What the scheduler may use. Units: blocks, tokens, sequences.
 
-    `fingerprint` names the weights; it goes into every block key.
+    `fingerprint` names the weights; it goes into every block key. `host_blocks` is the size of the
+    host tier, 0 for none.
 
     Raises:
       ValueError: a limit is out of range, or a step could not hold one token a sequence.
@@ -24,6 +25,7 @@ class Limits:
     max_model_len: int
     max_waiting: int = 1024
     prefix_reuse: bool = True
+    host_blocks: int = 0
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
@@ -38,6 +40,8 @@ class Limits:
             value = getattr(self, name)
             if not 1 <= value <= MAX_INT32:
                 raise ValueError(f"{name} is {value}; it must be from 1 to {MAX_INT32}")
+        if not 0 <= self.host_blocks <= MAX_INT32:
+            raise ValueError(f"host_blocks is {self.host_blocks}; it must be from 0 to {MAX_INT32}")
         if self.max_step_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_step_tokens ({self.max_step_tokens}) is below max_num_seqs "

@@ -11,9 +11,11 @@ whoever then writes to a shared block first gets a copy of it.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 from engine.core.limits import Limits
 from engine.core.sequences import Core, Sequence
-from engine.types import BlockCopy, PlanRow, StepPlan
+from engine.types import BlockCopy, PlanRow, StepPlan, SwapIn, SwapOut
 
 
 def plan_step(core: Core, limits: Limits) -> StepPlan:
@@ -28,13 +30,21 @@ def plan_step(core: Core, limits: Limits) -> StepPlan:
             num_tokens = min(seq.num_uncomputed, budget)
             rows.append(_advance(seq, num_tokens, limits.block_size))
             budget -= num_tokens
+    swap_ins: list[SwapIn] = []
     if not preempted:  # who was just preempted must not come straight back
-        _admit_waiting(core, limits, rows, budget)
+        _admit_waiting(core, limits, rows, swap_ins, budget)
     if limits.prefix_reuse:
         for row in rows[num_decodes:]:
             name_full_blocks(core.sequences[row.request.request_id], core, limits)
     _part(core, rows)
-    plan = StepPlan(core.step, tuple(rows), tuple(copies), tuple(preempted))
+    plan = StepPlan(
+        step=core.step,
+        rows=tuple(rows),
+        block_copies=tuple(copies),
+        preempted=tuple(preempted),
+        swap_outs=tuple(_swap_out(core)),
+        swap_ins=tuple(swap_ins),
+    )
     if rows:
         core.in_flight.append(core.step)
     core.step += 1
@@ -98,7 +108,20 @@ def _give_block(seq: Sequence, core: Core, copies: list[BlockCopy]) -> None:
         copies.append(BlockCopy(shared, block))
 
 
-def _admit_waiting(core: Core, limits: Limits, rows: list[PlanRow], budget: int) -> None:
+def _swap_out(core: Core) -> Iterator[SwapOut]:
+    """Give what this step evicted a place in the host tier.
+
+    At the step's end: what goes out with a plan comes in with a later one at the earliest.
+    """
+    for block, key in core.pool.take_evicted():
+        slot = core.host.put(key, core.step)
+        if slot is not None:
+            yield SwapOut(block, slot, key)
+
+
+def _admit_waiting(
+    core: Core, limits: Limits, rows: list[PlanRow], swap_ins: list[SwapIn], budget: int
+) -> None:
     """Start waiting requests, strictly in order, while slots, tokens and blocks last."""
     block_size = limits.block_size
     while budget > 0 and core.free_slots and (seq := core.waiting.first()) is not None:
@@ -109,18 +132,25 @@ def _admit_waiting(core: Core, limits: Limits, rows: list[PlanRow], budget: int)
             return
         num_known = len(seq.token_ids)
         hits: list[int] = []
+        slots: list[int] = []
         if limits.prefix_reuse and not seq.needs_whole_prompt:
             # The last known token is always computed: its logits choose the next one.
             most = (num_known - 1) // block_size
             seq.extend_keys(most, block_size, limits.fingerprint)
             hits = core.pool.match(seq.keys[:most])
-        needed = core.blocks_for(num_known) - len(hits) + core.pool.num_cached(hits)
+            slots = core.host.match(seq.keys[len(hits) : most])
+        capacity = core.blocks_for(seq.max_total - 1)
+        needed = core.pool.blocks_to_start(core.blocks_for(num_known), capacity)
+        needed += core.pool.num_cached(hits) - len(hits)
         # One block of growth for each running sequence, so that an admission doesn't make
         # the very next steps preempt.
         growth = core.num_slots - core.num_unclaimed_slots + num_forks
-        if core.running and needed + growth > core.pool.num_available:
+        if core.running and not core.pool.has_room(needed, growth):
             return
-        core.start(seq, hits)
+        restored = core.start(seq, hits, len(slots))
+        swap_ins += map(SwapIn, slots, restored)
+        if restored:  # they are there before the step, so even this plan may match them
+            name_full_blocks(seq, core, limits)
         num_tokens = min(seq.num_uncomputed, budget)
         rows.append(_advance(seq, num_tokens, block_size))
         budget -= num_tokens

@@ -48,7 +48,7 @@ class SchedulerState:
     @classmethod
     def initial(cls, limits: Limits) -> SchedulerState:
         """No requests, every block free."""
-        return cls(Core(limits.num_blocks, limits.block_size, limits.max_num_seqs))
+        return cls(Core(limits))
 
     def copy(self) -> SchedulerState:
         """An independent, equal state. O(pool)."""
@@ -85,6 +85,7 @@ class SchedulerState:
             "step": core.step,
             "in_flight": core.in_flight.copy(),
             "pool": core.pool.counts._asdict(),
+            "host": len(core.host),
             "running": [seq.describe() for seq in core.running],
             "waiting": [seq.describe() for seq in core.waiting.in_order()],
         }
@@ -249,6 +250,8 @@ def fail(state: SchedulerState, plans: tuple[StepPlan, ...]) -> Committed:
     while core.running:
         core.preempt(core.running[-1])
     core.pool.forget_names()
+    if plans:
+        core.host.forget_since(min(plan.step for plan in plans))
     return Committed(SchedulerState(core), tuple(outputs))
 
 

@@ -13,6 +13,8 @@ import numpy as np
 
 from engine.core.block_keys import child_key, root_key
 from engine.core.block_pool import BlockPool
+from engine.core.host_tier import HostTier
+from engine.core.limits import Limits
 from engine.types import Request, TokenLogprobs
 
 NO_SLOT = -1
@@ -114,25 +116,22 @@ class Sequence:
         asked = self.request.sampling.prompt_logprobs is not None
         return asked and len(self.token_ids) == self.num_prompt
 
-    def start(
-        self, slot: int, shared: list[int], fresh: list[int], capacity: int, block_size: int
-    ) -> None:
-        """Run with these blocks; the shared ones hold the first positions already."""
+    def start(self, slot: int, blocks: list[int], capacity: int) -> None:
+        """Run with these blocks, of `capacity` that it can come to need."""
         self.slot = slot
         self.block_ids = np.zeros(capacity, np.int32)
-        self.append_blocks(shared)
-        self.append_blocks(fresh)
-        self.num_blocks_named = len(shared)
-        self.num_computed = len(shared) * block_size
+        self.append_blocks(blocks)
+
+    def set_cached(self, num_tokens: int) -> None:
+        """The first positions need not be computed: their blocks were found."""
+        self.num_computed = num_tokens
         if not self.was_started:
             self.was_started = True
-            self.num_cached_tokens = self.num_computed
+            self.num_cached_tokens = num_tokens
 
     def part_from(self, parent: Sequence, slot: int, capacity: int) -> None:
         """Run from where another sequence with the same tokens is, on the same blocks."""
-        self.slot = slot
-        self.block_ids = np.zeros(capacity, np.int32)
-        self.append_blocks(parent.owned_blocks())
+        self.start(slot, parent.owned_blocks(), capacity)
         self.num_blocks_named = parent.num_blocks_named
         self.num_computed = parent.num_computed
         self.keys = parent.keys.copy()
@@ -253,6 +252,7 @@ class Core:
       sequences: every one in the engine, by id.
       running: those that hold blocks, by rank.
       waiting: the others, but for those that wait with a parent.
+      pool, host: the blocks, and the copies of evicted ones in host memory.
       num_slots: rows of the device state; the most sequences that can run.
       free_slots: a heap, so that the lowest slot is used first.
       step: the number of the next plan.
@@ -264,6 +264,7 @@ class Core:
         "arrivals",
         "block_size",
         "free_slots",
+        "host",
         "in_flight",
         "num_slots",
         "pool",
@@ -273,14 +274,15 @@ class Core:
         "waiting",
     )
 
-    def __init__(self, num_blocks: int, block_size: int, num_slots: int):
-        self.pool = BlockPool(num_blocks)
-        self.block_size = block_size
+    def __init__(self, limits: Limits):
+        self.pool = BlockPool(limits.num_blocks)
+        self.host = HostTier(limits.host_blocks)
+        self.block_size = limits.block_size
         self.sequences: dict[str, Sequence] = {}
         self.running: list[Sequence] = []
         self.waiting = WaitingQueue()
-        self.num_slots = num_slots
-        self.free_slots = list(range(num_slots))
+        self.num_slots = limits.max_num_seqs
+        self.free_slots = list(range(limits.max_num_seqs))
         self.step = 0
         self.in_flight: list[int] = []
         self.arrivals = 0
@@ -304,18 +306,28 @@ class Core:
         self.sequences[request.request_id] = seq
         return seq
 
-    def start(self, seq: Sequence, shared: list[int]) -> None:
+    def start(self, seq: Sequence, shared: list[int], num_restored: int) -> list[int]:
         """Move a waiting sequence to the running ones, with blocks for all its known tokens.
 
-        `shared` are the blocks that already hold its first positions.
+        Args:
+          seq: a waiting one.
+          shared: blocks that already hold its first positions.
+          num_restored: blocks after them whose contents lie in the host tier; the caller has
+            them filled.
+
+        Returns:
+          Those blocks.
         """
-        needed = self.blocks_for(len(seq.token_ids)) - len(shared)
+        capacity = self.blocks_for(seq.max_total - 1)
+        needed = self.pool.blocks_to_start(self.blocks_for(len(seq.token_ids)), capacity)
         self.waiting.remove(seq)
         self.pool.share(shared)
-        fresh = self.pool.allocate(needed)
-        capacity = self.blocks_for(seq.max_total - 1)
-        seq.start(heapq.heappop(self.free_slots), shared, fresh, capacity, self.block_size)
+        fresh = self.pool.allocate(needed - len(shared))
+        seq.start(heapq.heappop(self.free_slots), [*shared, *fresh], capacity)
+        seq.num_blocks_named = len(shared)
+        seq.set_cached((len(shared) + num_restored) * self.block_size)
         bisect.insort(self.running, seq, key=_rank)
+        return fresh[:num_restored]
 
     def part(self, seq: Sequence) -> list[Sequence]:
         """Start the forks of a sequence whose prompt is computed, on its blocks; return them."""
@@ -358,8 +370,10 @@ class Core:
 
     def copy(self) -> Core:
         """An independent core in the same state. O(pool)."""
-        other = Core(0, self.block_size, 0)
+        other = object.__new__(Core)
+        other.block_size = self.block_size
         other.pool = self.pool.copy()
+        other.host = self.host.copy()
         other.sequences = {key: seq.copy() for key, seq in self.sequences.items()}
         for seq in other.sequences.values():
             seq.forks = [other.sequences[fork.request.request_id] for fork in seq.forks]
@@ -379,6 +393,7 @@ class Core:
     def check(self) -> None:
         """Assert the invariants of pool, sequences and slots. O(pool); for tests."""
         self.pool.check(seq.owned_blocks() for seq in self.running)
+        self.host.check()
         waiting = self.waiting.in_order()
         parents = (*self.running, *waiting)
         forks = [fork for seq in parents for fork in seq.forks]

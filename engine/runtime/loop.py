@@ -78,6 +78,9 @@ class Totals:
     computed_tokens: int = 0
     padded_tokens: int = 0
     preemptions: int = 0
+    copied_blocks: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
     failed_steps: int = 0
     finished: Counter[str] = dataclasses.field(default_factory=Counter)
 
@@ -218,7 +221,11 @@ class EngineLoop:
         self._state, plan = scheduler.schedule(self._state, self.limits)
         self._planned = plan
         self._record(lambda recorder: recorder.schedule(plan))
-        self.totals.preemptions += len(plan.preempted)
+        totals = self.totals
+        totals.preemptions += len(plan.preempted)
+        totals.copied_blocks += len(plan.block_copies)
+        totals.swapped_out_blocks += len(plan.swap_outs)
+        totals.swapped_in_blocks += len(plan.swap_ins)
         if not plan.rows:
             self._planned = None
             return None

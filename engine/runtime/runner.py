@@ -20,6 +20,7 @@ from engine.model import sampler
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder
 from engine.runtime.block_copies import BlockCopier
+from engine.runtime.host_pool import HostPool, Outgoing
 from engine.runtime.mesh import kv_scales_sharding, replicated
 from engine.runtime.step import RunnerShape, Step
 from engine.types import (
@@ -36,9 +37,10 @@ from engine.types import (
 class Launched:
     """A step on its way."""
 
-    def __init__(self, plan: StepPlan, sampled: sampler.Sampled):
+    def __init__(self, plan: StepPlan, sampled: sampler.Sampled, outgoing: Outgoing | None = None):
         self.plan = plan
         self._sampled = sampled
+        self._outgoing = outgoing
 
     def wait(self) -> StepTokens:
         """Wait for the step and bring over what its requests asked for.
@@ -46,6 +48,8 @@ class Launched:
         Raises whatever the device raised; the runner must then be reset.
         """
         rows, sampled = self.plan.rows, self._sampled
+        if self._outgoing is not None:
+            self._outgoing.finish()
         token_ids = np.asarray(sampled.token_ids)[: len(rows)]
         logprobs: dict[int, TokenLogprobs] = {}
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
@@ -114,6 +118,9 @@ class Runner:
             lambda: sampler.initial_state(shape.max_num_seqs + 1, self.arch.vocab_size),
             out_shardings=replicated(mesh),
         )
+        self._host = (
+            HostPool(pool, self.arch.num_layers, shape.host_blocks) if shape.host_blocks else None
+        )
         self.reset()
 
     @property
@@ -133,7 +140,9 @@ class Runner:
         return self.shape.max_num_seqs
 
     def reset(self) -> None:
-        """Fresh device memory: an empty pool and no slot in use."""
+        """Fresh device memory: an empty pool and no slot in use. The host tier keeps its blocks."""
+        if self._host is not None:
+            self._host.reset()
         self._kv_pool = self._state = None  # give the old memory back first
         self._kv_pool = self._make_kv_pool()
         self._state = self._make_state()
@@ -165,19 +174,30 @@ class Runner:
 
     def launch(self, plan: StepPlan, batch: Batch) -> Launched:
         """Start a step; launches run in the order they are made."""
-        if plan.block_copies:
-            assert self._kv_pool is not None
-            self._kv_pool = self._copy_blocks(self._kv_pool, plan.block_copies)
+        outgoing = self._move_blocks(plan)
         for row in plan.rows:
             if row.history is not None and row.request.sampling.edits_logits:
                 self._prepare_slot(row)
-        return self._run(plan, batch)
+        return self._run(plan, batch, outgoing)
 
-    def _run(self, plan: StepPlan, batch: Batch) -> Launched:
+    def _move_blocks(self, plan: StepPlan) -> Outgoing | None:
+        """Copies and swaps. Slots are read before they are filled, and blocks likewise."""
+        outgoing = contents = None
+        if self._host is not None and plan.swap_ins:
+            contents = self._host.read(plan.swap_ins)
+        if self._host is not None and plan.swap_outs:
+            outgoing = self._host.swap_out(self.kv_pool, plan.swap_outs)
+        if plan.block_copies:
+            self._kv_pool = self._copy_blocks(self.kv_pool, plan.block_copies)
+        if self._host is not None and contents is not None:
+            self._kv_pool = self._host.swap_in(self.kv_pool, plan.swap_ins, contents)
+        return outgoing
+
+    def _run(self, plan: StepPlan, batch: Batch, outgoing: Outgoing | None = None) -> Launched:
         sampled, self._kv_pool, self._state = self._programs[batching.bucket_of(batch)](
             self._weights, self._kv_pool, self._state, batch, self._kv_scales
         )
-        return Launched(plan, sampled)
+        return Launched(plan, sampled, outgoing)
 
     def _prepare_slot(self, row: PlanRow) -> None:
         assert row.history is not None

@@ -33,9 +33,9 @@ for _cls in (Batch, SamplingBatch):
 
 @dataclasses.dataclass(frozen=True)
 class RunnerShape:
-    """The sizes that device memory and programs are made from.
+    """The sizes that memory and programs are made from.
 
-    Units: blocks in the pool, tokens in a block, slots without the sink.
+    Units: blocks in the pool, tokens in a block, slots without the sink, blocks on the host.
     """
 
     num_blocks: int
@@ -43,6 +43,7 @@ class RunnerShape:
     max_num_seqs: int
     cache_dtype: Any
     buckets: tuple[Bucket, ...]
+    host_blocks: int = 0
 
 
 class Step:

@@ -96,6 +96,7 @@ class GenerationService:
                 convert.sampling_from_proto(request.sampling, model.architecture.vocab_size),
                 request_id=request_id,
                 domain=domain_of(context, request),
+                share_prefix=not request.HasField("share_prefix") or request.share_prefix,
                 priority=request.priority,
                 timeout=context.time_remaining(),
             )

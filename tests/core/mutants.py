@@ -15,6 +15,7 @@ import pytest
 from engine.core import planning, scheduler, sequences
 from engine.core.block_keys import child_key, root_key
 from engine.core.block_pool import BlockPool
+from engine.core.host_tier import HostTier
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
 from engine.core.sequences import Core, Sequence, WaitingQueue
@@ -87,7 +88,7 @@ def eviction_takes_an_owned_block(patch: Patch) -> None:
 
 @mutant
 def eviction_keeps_the_name(patch: Patch) -> None:
-    rewrite(patch, BlockPool, "_evict", "del self._block_of[self._key_of.pop(block)]", "pass")
+    rewrite(patch, BlockPool, "_evict", "del self._block_of[key]", "pass")
 
 
 @mutant
@@ -219,21 +220,23 @@ def a_hit_takes_the_whole_prompt(patch: Patch) -> None:
 
 @mutant
 def admission_forgets_that_cached_hits_are_not_available(patch: Patch) -> None:
-    rewrite(patch, planning, "_admit_waiting", " + core.pool.num_cached(hits)\n", "\n")
-    rewrite(patch, planning, "_admit_waiting", "needed + growth", "needed")
+    rewrite(
+        patch, planning, "_admit_waiting", "core.pool.num_cached(hits) - len(hits)", "-len(hits)"
+    )
+    rewrite(patch, planning, "_admit_waiting", "(needed, growth)", "(needed, 0)")
 
 
 @mutant
 def admission_skips_a_head_that_does_not_fit(patch: Patch) -> None:
     original = planning._admit_waiting
 
-    def admit_waiting(core: Core, limits: Limits, rows: list, budget: int) -> None:
+    def admit_waiting(core: Core, limits: Limits, rows: list, swap_ins: list, budget: int) -> None:
         head = core.waiting.first()
         before = len(rows)
-        original(core, limits, rows, budget)
+        original(core, limits, rows, swap_ins, budget)
         if head is not None and len(rows) == before and len(core.waiting) > 1:
             core.waiting.remove(head)
-            original(core, limits, rows, budget)
+            original(core, limits, rows, swap_ins, budget)
             core.waiting.add(head)
 
     patch.setattr(planning, "_admit_waiting", admit_waiting)
@@ -272,13 +275,7 @@ def a_decode_runs_past_its_end(patch: Patch) -> None:
 
 @mutant
 def prompts_go_before_decodes(patch: Patch) -> None:
-    rewrite(
-        patch,
-        planning,
-        "plan_step",
-        "tuple(rows), tuple(copies)",
-        "tuple(rows[::-1]), tuple(copies)",
-    )
+    rewrite(patch, planning, "plan_step", "rows=tuple(rows)", "rows=tuple(rows[::-1])")
 
 
 @mutant
@@ -346,6 +343,47 @@ def a_plan_s_block_table_changes_after_it_was_made(patch: Patch) -> None:
         "self.block_ids = self.block_ids.copy()",
         "self.block_ids.setflags(write=True)",
     )
+
+
+@mutant
+def an_evicted_block_is_not_swapped_out(patch: Patch) -> None:
+    rewrite(patch, planning, "_swap_out", "yield SwapOut(block, slot, key)", "yield from ()")
+
+
+@mutant
+def a_swapped_block_gets_the_slot_of_another(patch: Patch) -> None:
+    rewrite(patch, HostTier, "put", "return slot", "return 0")
+
+
+@mutant
+def blocks_are_restored_one_place_off(patch: Patch) -> None:
+    rewrite(patch, Core, "start", "fresh[:num_restored]", "fresh[-num_restored:]")
+
+
+@mutant
+def a_restored_block_is_not_copied_back(patch: Patch) -> None:
+    rewrite(patch, planning, "_admit_waiting", "swap_ins += map(SwapIn, slots, restored)", "pass")
+
+
+@mutant
+def restored_blocks_take_no_room(patch: Patch) -> None:
+    rewrite(
+        patch,
+        planning,
+        "_admit_waiting",
+        "num_cached(hits) - len(hits)",
+        "num_cached(hits) - len(hits) - len(slots)",
+    )
+
+
+@mutant
+def a_failed_step_leaves_its_blocks_in_the_host_tier(patch: Patch) -> None:
+    rewrite(patch, scheduler, "fail", "core.host.forget_since(", "len(core.host) + (")
+
+
+@mutant
+def a_slot_is_lost_with_a_failed_step(patch: Patch) -> None:
+    rewrite(patch, HostTier, "forget_since", "self._free.append(", "str(")
 
 
 @mutant

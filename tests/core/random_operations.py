@@ -26,6 +26,7 @@ LIMITS: Ranges = {
     "max_model_len": (6, 40),
     "max_waiting": (1, 16),
     "prefix_reuse": (0, 5),  # off at 0
+    "host_blocks": (-4, 12),  # none if it is not above 0
     "max_in_flight": (1, 3),
 }
 REQUEST: Ranges = {
@@ -65,6 +66,7 @@ def make_limits(numbers: Numbers) -> Limits:
         max_model_len=numbers["max_model_len"],
         max_waiting=numbers["max_waiting"],
         prefix_reuse=numbers["prefix_reuse"] > 0,
+        host_blocks=max(0, numbers["host_blocks"]),
         fingerprint="weights",
     )
 

@@ -274,14 +274,13 @@ class Simulation:
         shape = (self.limits.num_blocks, self.limits.block_size)
         self.kv: list[list[History | None]] = [[None] * shape[1] for _ in range(shape[0])]
         self.slots: dict[int, Slot] = {}
+        self.host: dict[int, list[History | None]] = getattr(self, "host", {})  # outlives it
         self._named: set[int] = set()
 
     def _launch(self, plan: StepPlan) -> InFlight:
         """Run the plan: all reads see the state before the step, then all writes happen."""
         records = tuple(self.records[row.request.request_id] for row in plan.rows)
-        copied = [list(self.kv[copy.source]) for copy in plan.block_copies]
-        for copy, contents in zip(plan.block_copies, copied, strict=True):
-            self.kv[copy.destination] = contents
+        self._move(plan)
         writes: dict[tuple[int, int], History] = {}
         sampled: list[int] = []
         lasts: list[History] = []
@@ -309,6 +308,20 @@ class Simulation:
                 record.num_sampled += 1
         tokens = StepTokens(tuple(sampled), logprobs, prompt_logprobs)
         return InFlight(plan, tokens, records, plain(plan))
+
+    def _move(self, plan: StepPlan) -> None:
+        """Copies and swaps: all that is read is read before anything is written."""
+        copied = {copy.destination: list(self.kv[copy.source]) for copy in plan.block_copies}
+        copied |= {swap.block: list(self.host[swap.slot]) for swap in plan.swap_ins}
+        for block, slot, key in plan.swap_outs:
+            last = self.kv[block][-1]
+            assert last is not None, "an unwritten block is swapped out"
+            assert key == last.key(self.limits.block_size, self.limits.fingerprint)
+            self.host[slot] = list(self.kv[block])
+            self.counts["swapped out"] += 1
+        for block, contents in copied.items():
+            self.kv[block] = contents
+        self.counts["swapped in"] += len(plan.swap_ins)
 
     def _run_row(
         self,

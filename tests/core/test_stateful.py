@@ -57,6 +57,8 @@ EVENTS = (
     "refused",
     "resumed",
     "rows dropped",
+    "swapped in",
+    "swapped out",
     "unknown tokens",
 )
 

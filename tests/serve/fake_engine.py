@@ -42,6 +42,7 @@ class Call:
     sampling: SamplingParams
     request_id: str | None
     domain: Domain | None
+    share_prefix: bool
     priority: int
     timeout: float | None
 
@@ -78,12 +79,15 @@ class FakeEngine(Engine):
         *,
         request_id: str | None = None,
         domain: Domain | None = None,
+        share_prefix: bool = True,
         priority: int = 0,
         timeout: float | None = None,
     ) -> AsyncGenerator[Delta]:
         assert request_id is not None
         assert sampling is not None
-        self.calls.append(Call(prompt, sampling, request_id, domain, priority, timeout))
+        self.calls.append(
+            Call(prompt, sampling, request_id, domain, share_prefix, priority, timeout)
+        )
         if self.error is not None:
             raise self.error
         ids = self._encode(prompt)

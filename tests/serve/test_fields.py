@@ -124,6 +124,7 @@ REQUESTS: dict[str, tuple[dict[str, Any], dict[str, Any]]] = {
         {"text": "hello", "cache_salt": "pepper"},
         {"domain": Domain("default", "pepper")},
     ),
+    "share_prefix": ({"text": "hello", "share_prefix": False}, {"share_prefix": False}),
 }
 
 

@@ -23,7 +23,7 @@ FINISH_REASON_DEADLINE: FinishReason
 FINISH_REASON_ERROR: FinishReason
 
 class GenerateRequest(_message.Message):
-    __slots__ = ("text", "token_ids", "messages", "sampling", "request_id", "priority", "cache_salt")
+    __slots__ = ("text", "token_ids", "messages", "sampling", "request_id", "priority", "cache_salt", "share_prefix")
     TEXT_FIELD_NUMBER: _ClassVar[int]
     TOKEN_IDS_FIELD_NUMBER: _ClassVar[int]
     MESSAGES_FIELD_NUMBER: _ClassVar[int]
@@ -31,6 +31,7 @@ class GenerateRequest(_message.Message):
     REQUEST_ID_FIELD_NUMBER: _ClassVar[int]
     PRIORITY_FIELD_NUMBER: _ClassVar[int]
     CACHE_SALT_FIELD_NUMBER: _ClassVar[int]
+    SHARE_PREFIX_FIELD_NUMBER: _ClassVar[int]
     text: str
     token_ids: TokenIds
     messages: ChatMessages
@@ -38,7 +39,8 @@ class GenerateRequest(_message.Message):
     request_id: str
     priority: int
     cache_salt: str
-    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ...) -> None: ...
+    share_prefix: bool
+    def __init__(self, text: _Optional[str] = ..., token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., messages: _Optional[_Union[ChatMessages, _Mapping]] = ..., sampling: _Optional[_Union[SamplingParams, _Mapping]] = ..., request_id: _Optional[str] = ..., priority: _Optional[int] = ..., cache_salt: _Optional[str] = ..., share_prefix: bool = ...) -> None: ...
 
 class TokenIds(_message.Message):
     __slots__ = ("ids",)
@@ -237,7 +239,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("running", "waiting", "free_blocks", "cached_blocks", "owned_blocks", "total_blocks", "block_size", "steps", "prompt_tokens", "generated_tokens", "cached_prompt_tokens", "preemptions", "padded_tokens", "computed_tokens", "compiles_after_warmup", "finished", "failed_steps", "uptime_seconds")
+    __slots__ = ("running", "waiting", "free_blocks", "cached_blocks", "owned_blocks", "total_blocks", "block_size", "steps", "prompt_tokens", "generated_tokens", "cached_prompt_tokens", "preemptions", "padded_tokens", "computed_tokens", "compiles_after_warmup", "finished", "failed_steps", "uptime_seconds", "copied_blocks", "swapped_out_blocks", "swapped_in_blocks")
     class FinishedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -263,6 +265,9 @@ class GetStatsResponse(_message.Message):
     FINISHED_FIELD_NUMBER: _ClassVar[int]
     FAILED_STEPS_FIELD_NUMBER: _ClassVar[int]
     UPTIME_SECONDS_FIELD_NUMBER: _ClassVar[int]
+    COPIED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_OUT_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    SWAPPED_IN_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     free_blocks: int
@@ -281,7 +286,10 @@ class GetStatsResponse(_message.Message):
     finished: _containers.ScalarMap[str, int]
     failed_steps: int
     uptime_seconds: float
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., padded_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., finished: _Optional[_Mapping[str, int]] = ..., failed_steps: _Optional[int] = ..., uptime_seconds: _Optional[float] = ...) -> None: ...
+    copied_blocks: int
+    swapped_out_blocks: int
+    swapped_in_blocks: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., padded_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., finished: _Optional[_Mapping[str, int]] = ..., failed_steps: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., copied_blocks: _Optional[int] = ..., swapped_out_blocks: _Optional[int] = ..., swapped_in_blocks: _Optional[int] = ...) -> None: ...
 
 class AbortRequest(_message.Message):
     __slots__ = ("request_id",)

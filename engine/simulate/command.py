@@ -1,0 +1,165 @@
+"""`octavo simulate`: allocators side by side on one stream of requests.
+
+No device and no model is needed, and nothing heavier than NumPy is loaded.
+"""
+
+from __future__ import annotations
+
+import json as json_module
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from engine.config import parse_size
+from engine.core.limits import Limits
+from engine.simulate.cost import DEVICES, CostModel
+from engine.simulate.report import Figures, figures, render, summary
+from engine.simulate.run import ALLOCATORS, Allocator, run
+from engine.simulate.stream import Stream, sharegpt_like
+from engine.simulate.trace import read_trace
+
+
+def simulate(
+    *,
+    trace: Path | None = None,
+    allocator: Sequence[str] = ALLOCATORS,
+    requests: int = 5000,
+    rate: float | None = None,
+    turns: float = 1.0,
+    think_s: float = 10.0,
+    seed: int = 0,
+    device: str = "v6e",
+    num_blocks: int | None = None,
+    memory: str | int | None = None,
+    block_size: int = 16,
+    max_num_seqs: int = 512,
+    max_step_tokens: int = 2048,
+    max_model_len: int = 2048,
+    max_tokens: int | None = None,
+    json: bool = False,
+    console: Console | None = None,
+) -> list[Figures]:
+    """Run allocators under the real scheduler on one stream, print a report, and return it.
+
+    Args:
+      trace: JSON lines of requests (`engine.simulate.trace`); without it, a stream like
+        ShareGPT is drawn, which the next five say more about.
+      allocator: names, each one column.
+      requests: how many.
+      rate: requests a second; None: all at once.
+      turns: of a conversation on average. If there are any, `paged` reuses prefixes.
+      think_s: mean seconds between an answer and the next turn.
+      seed: of the stream.
+      device: a name of `cost.DEVICES`.
+      num_blocks: of the pool, by default what fits beside the weights.
+      memory: the pool's in bytes instead, or as text such as 8GiB.
+      block_size: tokens in a block.
+      max_num_seqs, max_step_tokens: of the scheduler.
+      max_model_len: prompt and answer at their longest, in tokens.
+      max_tokens: what each client gives; None: answers may be as long as the model's context,
+        and slabs are sized for that.
+      json: print JSON instead of a table.
+
+    Raises:
+      ValueError: an option is out of range, or the trace is wrong.
+      OSError: the trace can't be read.
+    """
+    names = _allocators(allocator)
+    if device not in DEVICES:
+        raise ValueError(f"device {device!r:.80} is not known; take one of {', '.join(DEVICES)}")
+    cost = DEVICES[device]
+    if max_tokens is not None and max_tokens < 1:
+        raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
+    if block_size < 1:
+        raise ValueError(f"block_size is {block_size}; it must be at least 1")
+    blocks = _blocks(cost, num_blocks, memory, block_size)
+    if trace is None:
+        stream = sharegpt_like(requests, rate=rate, turns=turns, think_s=think_s, seed=seed)
+        source = f"{requests:,} requests like ShareGPT's (seed {seed}), "
+        source += "all at once" if rate is None else f"{rate:g} a second"
+    else:
+        stream = read_trace(trace)
+        source = f"{len(stream):,} requests of {trace.name}"
+    limits = Limits(
+        num_blocks=blocks,
+        block_size=block_size,
+        max_num_seqs=max_num_seqs,
+        max_step_tokens=max_step_tokens,
+        max_model_len=max_model_len,
+        prefix_reuse=stream.has_conversations,
+    )
+    reports = _run_all(stream, limits, cost, names, max_tokens)
+    console = console or Console()
+    if json:
+        document = {
+            "stream": source,
+            "cost": cost.name,
+            "num_blocks": blocks,
+            "block_size": block_size,
+            "max_model_len": max_model_len,
+            "max_tokens": max_tokens,
+            "summary": summary(reports, block_size),
+            "allocators": [report.as_dict() for report in reports],
+        }
+        console.file.write(json_module.dumps(document) + "\n")
+    else:
+        context = f"context of {max_model_len:,}"
+        replies = "" if max_tokens is None else f", replies of at most {max_tokens:,}"
+        title = f"{source}; {context}{replies}\n{blocks:,} blocks of {block_size}; {cost.name}"
+        console.print(render(title, reports, block_size))
+    return reports
+
+
+def _allocators(given: Sequence[str]) -> tuple[Allocator, ...]:
+    names = tuple(name for name in ALLOCATORS if name in given)
+    unknown = [name for name in given if name not in ALLOCATORS]
+    if unknown or not names:
+        raise ValueError(
+            f"allocator {', '.join(unknown) or 'list'!r:.80} is "
+            f"{'not known' if unknown else 'empty'}; take some of {', '.join(ALLOCATORS)}"
+        )
+    return names
+
+
+def _blocks(
+    cost: CostModel, num_blocks: int | None, memory: str | int | None, block_size: int
+) -> int:
+    if num_blocks is not None and memory is not None:
+        raise ValueError("num_blocks and memory both give the size of the pool; leave one out")
+    if num_blocks is not None:
+        return num_blocks
+    if memory is None:
+        blocks, room = cost.blocks_beside_weights(block_size), cost.name
+    else:
+        blocks, room = cost.blocks_in(parse_size(memory), block_size), f"memory {memory}"
+    if blocks < 1:
+        raise ValueError(f"not one block of {block_size} tokens fits in {room}; give more memory")
+    return blocks
+
+
+def _run_all(
+    stream: Stream,
+    limits: Limits,
+    cost: CostModel,
+    names: tuple[Allocator, ...],
+    max_tokens: int | None,
+) -> list[Figures]:
+    reports = []
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
+    with Progress(
+        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
+    ) as progress:
+        for name in names:
+            task = progress.add_task(name, total=len(stream))
+            outcome = run(
+                stream,
+                limits,
+                cost,
+                name,
+                max_tokens=max_tokens,
+                progress=lambda done, task=task: progress.update(task, completed=done),
+            )
+            reports.append(figures(outcome, stream.prompt_tokens))
+    return reports

@@ -1,0 +1,154 @@
+"""Blocks that go to host memory and come back: bit by bit, in place, and without a trace in any
+output of a real model."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+
+from engine.aot.hlo import pool_copies
+from engine.config import BucketConfig, SchedulerConfig
+from engine.runtime.host_pool import AT_A_TIME, HostPool
+from engine.types import Request, StepPlan, SwapIn, SwapOut
+from tests.engines import Result, SmallEngine, make_request, small_engine
+from tests.runtime.tiny import random_ids
+
+LAYERS, BLOCKS, SLOTS = 3, 64, 40
+DTYPES = ["float32", "bfloat16", "int8", "uint8"]
+
+
+def make(dtype: str, num_devices: int) -> tuple[HostPool, np.ndarray, jax.Array]:
+    """A host pool, and a device's pool of random bits on both sides."""
+    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("tensor",))
+    sharding = NamedSharding(mesh, PartitionSpec(None, "tensor"))
+    shape = (LAYERS * BLOCKS, 4, 16, 32)
+    bits = np.random.default_rng(0).integers(0, 256, (*shape, jnp.dtype(dtype).itemsize))
+    pool = bits.astype(np.uint8).view(jnp.dtype(dtype))[..., 0]
+    struct = jax.ShapeDtypeStruct(shape, pool.dtype, sharding=sharding)
+    return HostPool(struct, LAYERS, SLOTS), pool, jax.device_put(pool, sharding)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize(("num_devices", "count"), [(1, 1), (1, 2 * AT_A_TIME + 3), (2, 5)])
+def test_blocks_come_back_bit_by_bit_into_other_places(
+    dtype: str, num_devices: int, count: int
+) -> None:
+    host, pool, on_device = make(dtype, num_devices)
+    rng = np.random.default_rng(count)
+    blocks, slots = (rng.permutation(size)[:count].tolist() for size in (BLOCKS, SLOTS))
+    keys = [bytes([index]) for index in range(count)]
+    host.swap_out(on_device, list(map(SwapOut, blocks, slots, keys)))
+    targets = rng.permutation(BLOCKS)[:count].tolist()
+    swaps = list(map(SwapIn, slots, targets))
+    found = np.asarray(host.swap_in(on_device, swaps, host.read(swaps)))
+    expected = pool.copy().reshape(LAYERS, BLOCKS, -1)
+    expected[:, targets] = pool.reshape(LAYERS, BLOCKS, -1)[:, blocks]
+    assert found.tobytes() == expected.tobytes()
+
+
+def test_a_slot_is_read_before_the_same_plan_fills_it() -> None:
+    host, pool, on_device = make("float32", 1)
+    host.swap_out(on_device, [SwapOut(3, 7, b"old")])
+    contents = host.read([SwapIn(7, 9)])
+    host.swap_out(on_device, [SwapOut(4, 7, b"new")]).finish()
+    found = np.asarray(host.swap_in(on_device, [SwapIn(7, 9)], contents))
+    by_layer, before = (array.reshape(LAYERS, BLOCKS, -1) for array in (found, pool))
+    np.testing.assert_array_equal(by_layer[:, 9], before[:, 3])
+    np.testing.assert_array_equal(
+        host.read([SwapIn(7, 0)])[0], pool.reshape(LAYERS, BLOCKS, *pool.shape[1:])[:, 4]
+    )
+
+
+def test_what_failed_on_its_way_fails_again_until_it_is_given_up() -> None:
+    """Or a slot with nobody's contents would be taken for what its key says."""
+    host, _, on_device = make("float32", 1)
+    outgoing = host.swap_out(on_device, [SwapOut(3, 7, b"key")])
+    outgoing._pieces[0].delete()
+    for wait in (lambda: host.read([SwapIn(7, 9)]), outgoing.finish, outgoing.finish):
+        with pytest.raises(RuntimeError, match="deleted"):
+            wait()
+    host.reset()
+    host.read([SwapIn(7, 9)])
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_the_pool_is_filled_in_place(dtype: str) -> None:
+    host, pool, _ = make(dtype, 1)
+    found = pool_copies(host.scatter, num_elements=pool.size, num_bytes=pool.nbytes)
+    assert found == []
+
+
+NUM_BLOCKS = 11
+
+
+def engine(source: Path, host_blocks: int) -> SmallEngine:
+    return small_engine(
+        source,
+        num_blocks=64,
+        block_size=16,
+        max_model_len=160,
+        config=SchedulerConfig(max_num_seqs=4, max_step_tokens=64),
+        buckets=BucketConfig(decode_seqs=(4,), prefill_tokens=(64,), prefill_seqs=(4,)),
+        host_blocks=host_blocks,
+    )
+
+
+def requests() -> list[Request]:
+    """More than the pool holds at once, some with a prefix in common."""
+    shared = random_ids(32, seed=3)
+    return [
+        make_request(
+            f"r{number}",
+            (shared if number % 2 else ()) + random_ids(17 + number),
+            80,
+            seed=number,
+            temperature=0.8 * (number % 3 > 0),
+            ignore_eos=True,
+        )
+        for number in range(8)
+    ]
+
+
+@pytest.mark.parametrize("ahead", [True, False], ids=["ahead", "one at a time"])
+def test_swapped_and_preempted_sequences_give_what_each_gives_alone(
+    tiny_model: Path, ahead: bool
+) -> None:
+    plain, tiered = engine(tiny_model, 0), engine(tiny_model, 100)
+    expected = {each.request_id: plain.run_one(each) for each in requests()}
+    swaps = {"in": 0, "out": 0}
+    preempted: list[str] = []
+
+    def on_plan(plan: StepPlan, _: object) -> None:
+        swaps["in"] += len(plan.swap_ins)
+        swaps["out"] += len(plan.swap_outs)
+        preempted.extend(plan.preempted)
+
+    limits = dataclasses.replace(tiered.limits, num_blocks=NUM_BLOCKS)
+    found: dict[str, Result] = tiered.run(requests(), limits=limits, on_plan=on_plan, ahead=ahead)
+    assert len(set(preempted)) >= len(requests()) - 2  # the first two outrank all others
+    assert swaps["in"] >= 5
+    assert swaps["out"] > 10
+    for name, result in found.items():
+        assert result.token_ids == expected[name].token_ids, name
+
+
+def test_a_prefix_that_was_evicted_is_a_hit_in_the_host_tier(tiny_model: Path) -> None:
+    tiered = engine(tiny_model, 100)
+    limits = dataclasses.replace(tiered.limits, num_blocks=NUM_BLOCKS)
+    first = make_request("first", random_ids(100), 4)
+    others = [make_request(f"o{n}", random_ids(120, seed=n), 4) for n in range(3)]
+    again = dataclasses.replace(first, request_id="again")
+    results = tiered.run([first, *others, again], limits=limits)
+    assert results["again"].token_ids == results["first"].token_ids
+    assert results["again"].num_cached_tokens == 96
+    bare = dataclasses.replace(limits, host_blocks=0)
+    assert (
+        engine(tiny_model, 0).run([first, *others, again], limits=bare)["again"].num_cached_tokens
+        < 96
+    )
