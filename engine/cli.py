@@ -16,11 +16,21 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine import __version__
+from engine.progress import ProgressBar
 
 app = cyclopts.App(
     name="octavo",
     help="A paged LLM inference engine for JAX.",
     version=__version__,
+    result_action="return_value",  # `main` makes it the exit status
+)
+app.command(
+    "engine.simulate.command:simulate",
+    help="Run allocators under the real scheduler on one stream of requests; no device is needed.",
+)
+app.command(
+    "engine.leakcheck.cli:leakcheck",
+    help="Attack a server of yours: can one tenant learn what another one has sent?",
 )
 bench = cyclopts.App(name="bench", help="Measure an engine or a server.")
 app.command(bench)
@@ -42,7 +52,7 @@ def serve(*, config: ConfigPath, set_: Overrides = None, record: Path | None = N
     """
     from engine.serve.server import run_server
 
-    with _progress() as progress:
+    with ProgressBar() as progress:
         return run_server(_load(config, set_), _text(record), progress)
 
 
@@ -100,7 +110,7 @@ def generate(
     from engine.llm import LLM
 
     loaded = _load(config, set_)
-    with _progress() as progress:
+    with ProgressBar() as progress:
 
         def load() -> LLM:
             return LLM.from_config(loaded, record=_text(record), progress=progress)
@@ -165,7 +175,7 @@ def calibrate(
     from engine.calibrate import calibrate_file
 
     loaded = _load(config, set_)
-    with _progress() as progress:
+    with ProgressBar() as progress:
         found = calibrate_file(loaded, output, dtype=dtype, prompts=prompts, progress=progress)
     layers, _, heads = found.scales.shape
     print(
@@ -208,7 +218,7 @@ def convert(source: str, output: Path, /, *, dtype: str = "bfloat16") -> int:
 
     if dtype not in DTYPE_BYTES:
         raise ConfigError(f"--dtype is {dtype!r}; it must be one of {', '.join(DTYPE_BYTES)}")
-    with _progress() as progress:
+    with ProgressBar() as progress:
         run(source, output, dtype, lambda done, total: progress("Converting", done, total))
     print(f"wrote {output}; use it as model.source")
     return 0
@@ -271,7 +281,7 @@ def throughput(
     """
     from engine import bench
 
-    with _progress() as progress:
+    with ProgressBar() as progress:
         return bench.throughput(
             config, overrides=set_ or (), progress=progress, **workload.arguments()
         )
@@ -295,7 +305,7 @@ def latency(
     """
     from engine import bench
 
-    with _progress() as progress:
+    with ProgressBar() as progress:
         return bench.latency(
             config,
             overrides=set_ or (),
@@ -334,42 +344,6 @@ def bench_serve(
     )
 
 
-class _progress:
-    """A progress bar on a terminal, and one line a task elsewhere; both on standard error."""
-
-    def __enter__(self) -> Any:
-        self._task: tuple[str, Any] | None = None
-        self._bar: Any = None
-        return self._show
-
-    def __exit__(self, *_: object) -> None:
-        self._stop()
-
-    def _show(self, what: str, done: int, total: int) -> None:
-        if self._task is None or self._task[0] != what:
-            self._stop()
-            if sys.stderr.isatty():
-                from rich.console import Console
-                from rich.progress import Progress
-
-                self._bar = Progress(console=Console(stderr=True), transient=True)
-                self._bar.start()
-                self._task = (what, self._bar.add_task(what, total=total))
-            else:
-                print(f"{what} …", file=sys.stderr, flush=True)
-                self._task = (what, None)
-        if self._bar is not None:
-            self._bar.update(self._task[1], completed=done, total=total)
-        if done >= total:
-            self._stop()
-            self._task = (what, None)
-
-    def _stop(self) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-            self._bar = None
-
-
 def _load(path: Path, overrides: list[str] | None) -> Any:
     from engine import config
 
@@ -390,7 +364,8 @@ def main() -> None:
             level=os.environ.get("OCTAVO_LOG", "WARNING").upper(),
             format="%(levelname)s %(name)s: %(message)s",
         )
-        sys.exit(app(sys.argv[1:]) or 0)
+        result = app(sys.argv[1:])
+        sys.exit(result if isinstance(result, int) else 0)
     except KeyboardInterrupt:
         sys.exit(130)
     except (ValueError, OSError) as error:

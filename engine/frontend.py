@@ -71,6 +71,7 @@ class EngineStats:
     copied_blocks: int
     swapped_out_blocks: int
     swapped_in_blocks: int
+    held_steps: dict[str, int]
     padded_tokens: int
     computed_tokens: int
     compiles_after_warmup: int
@@ -244,6 +245,7 @@ class Engine:
             copied_blocks=totals.copied_blocks,
             swapped_out_blocks=totals.swapped_out_blocks,
             swapped_in_blocks=totals.swapped_in_blocks,
+            held_steps=dict(totals.held_steps),
             padded_tokens=totals.padded_tokens,
             computed_tokens=totals.computed_tokens,
             compiles_after_warmup=self._loaded.compiles_after_warmup(),

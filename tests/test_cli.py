@@ -15,6 +15,7 @@ import pytest
 from engine import __version__, cli
 from engine.aot import topologies
 from engine.loading import use_compile_cache
+from engine.progress import ProgressBar
 from engine.weights import open_checkpoint
 from tests.command_line import CommandLine, Ended
 from tests.conftest import ROOT
@@ -203,7 +204,7 @@ def test_progress_is_a_bar_on_a_terminal_and_a_line_elsewhere(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     def work() -> None:
-        with cli._progress() as show:
+        with ProgressBar() as show:
             for done in range(3):
                 show("Loading", done, 2)
             show("Compiling", 0, 5)  # broken off

@@ -62,8 +62,7 @@ class BlockPool:
         return PoolCounts(free, cached, self.num_blocks - free - cached)
 
     def blocks_to_start(self, known: int, capacity: int) -> int:
-        """How many blocks a sequence takes to start, that has tokens for `known` of them now and
-        for at most `capacity` of them in the end."""
+        """Blocks that a sequence starts with: `known` have tokens, of `capacity` in the end."""
         del capacity  # further blocks come one by one
         return known
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Literal
 
 MAX_INT32 = 2**31 - 1  # block ids, positions and token ids are int32 on the device
 
@@ -12,7 +13,10 @@ class Limits:
     """What the scheduler may use. Units: blocks, tokens, sequences.
 
     `fingerprint` names the weights; it goes into every block key. `host_blocks` is the size of the
-    host tier, 0 for none.
+    host tier, 0 for none. `allocator` is "contiguous" for what paging is compared with.
+
+    A sequence that was preempted `max_preemptions` times starts again with every block that it can
+    come to need, and is not preempted any more.
 
     Raises:
       ValueError: a limit is out of range, or a step could not hold one token a sequence.
@@ -26,22 +30,21 @@ class Limits:
     max_waiting: int = 1024
     prefix_reuse: bool = True
     host_blocks: int = 0
+    allocator: Literal["paged", "contiguous"] = "paged"
+    max_preemptions: int = 4
     fingerprint: str = ""
 
     def __post_init__(self) -> None:
-        for name in (
-            "num_blocks",
-            "block_size",
-            "max_num_seqs",
-            "max_step_tokens",
-            "max_model_len",
-            "max_waiting",
-        ):
-            value = getattr(self, name)
-            if not 1 <= value <= MAX_INT32:
-                raise ValueError(f"{name} is {value}; it must be from 1 to {MAX_INT32}")
-        if not 0 <= self.host_blocks <= MAX_INT32:
-            raise ValueError(f"host_blocks is {self.host_blocks}; it must be from 0 to {MAX_INT32}")
+        for field in dataclasses.fields(self):
+            value = getattr(self, field.name)
+            least = 0 if field.name == "host_blocks" else 1
+            if type(value) is int and not least <= value <= MAX_INT32:
+                raise ValueError(f"{field.name} is {value}; it must be from {least} to {MAX_INT32}")
+        if self.allocator == "contiguous" and (self.prefix_reuse or self.host_blocks):
+            raise ValueError(
+                "the contiguous allocator shares no blocks and keeps none; it takes "
+                "prefix_reuse=False and host_blocks=0"
+            )
         if self.max_step_tokens < self.max_num_seqs:
             raise ValueError(
                 f"max_step_tokens ({self.max_step_tokens}) is below max_num_seqs "

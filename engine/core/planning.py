@@ -13,8 +13,11 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+
+from engine.core.core import Core, Holding
 from engine.core.limits import Limits
-from engine.core.sequences import Core, Sequence
+from engine.core.sequences import NO_SLOT, Sequence
 from engine.types import BlockCopy, PlanRow, StepPlan, SwapIn, SwapOut
 
 
@@ -31,8 +34,10 @@ def plan_step(core: Core, limits: Limits) -> StepPlan:
             rows.append(_advance(seq, num_tokens, limits.block_size))
             budget -= num_tokens
     swap_ins: list[SwapIn] = []
-    if not preempted:  # who was just preempted must not come straight back
-        _admit_waiting(core, limits, rows, swap_ins, budget)
+    if preempted:  # who was just preempted must not come straight back
+        core.holding = "preemption"
+    else:
+        core.holding = _admit_waiting(core, limits, rows, swap_ins, budget)
     if limits.prefix_reuse:
         for row in rows[num_decodes:]:
             name_full_blocks(core.sequences[row.request.request_id], core, limits)
@@ -79,13 +84,18 @@ def _schedule_decodes(core: Core, rows: list[PlanRow], copies: list[BlockCopy]) 
             if core.pool.num_available:
                 _give_block(seq, core, copies)
                 break
-            # Only sequences ranked after this one are given up for it, and those have no row
-            # yet. If there are none, it goes itself: the higher ranks keep what they have.
-            victim = running[-1]
+            # The lowest rank that may be is given up. Those after this one have no row yet; and
+            # if there are none, it goes itself: the higher ranks keep what they have.
+            victim = next(
+                low for low in reversed(running) if low is seq or not core.is_protected(low)
+            )
             core.preempt(victim)
             preempted.append(victim.request.request_id)
             if victim is seq:
-                return preempted
+                break
+        if seq.slot == NO_SLOT:
+            index -= 1  # the next one has moved up
+            continue
         rows.append(_advance(seq, 1, block_size))
     return preempted
 
@@ -94,7 +104,7 @@ def _needs_block(seq: Sequence, core: Core) -> bool:
     """Whether the next position has no place yet, or one in a block that is another's too."""
     if seq.num_computed == seq.num_blocks * core.block_size:
         return True
-    return seq.shares_tail and core.pool.is_shared(seq.tail)
+    return seq.shares_tail and core.pool.is_shared(seq.tail(core.block_size))
 
 
 def _give_block(seq: Sequence, core: Core, copies: list[BlockCopy]) -> None:
@@ -103,7 +113,7 @@ def _give_block(seq: Sequence, core: Core, copies: list[BlockCopy]) -> None:
     if seq.num_computed == seq.num_blocks * core.block_size:
         seq.append_blocks([block])
     else:
-        shared = seq.replace_tail(block)
+        shared = seq.replace_tail(block, core.block_size)
         core.pool.release([shared])
         copies.append(BlockCopy(shared, block))
 
@@ -121,15 +131,17 @@ def _swap_out(core: Core) -> Iterator[SwapOut]:
 
 def _admit_waiting(
     core: Core, limits: Limits, rows: list[PlanRow], swap_ins: list[SwapIn], budget: int
-) -> None:
-    """Start waiting requests, strictly in order, while slots, tokens and blocks last."""
+) -> Holding | None:
+    """Start waiting requests, strictly in order. Returns what holds the next one back."""
     block_size = limits.block_size
-    while budget > 0 and core.free_slots and (seq := core.waiting.first()) is not None:
+    while (seq := core.waiting.first()) is not None:
         if seq.num_pending:
-            return  # preempted with a token on the way, whose value the recomputation needs
+            return "token"  # preempted with one on the way, which the recomputation needs
+        if budget <= 0:
+            return "budget"
         num_forks = len(seq.forks)
         if num_forks >= core.num_unclaimed_slots:
-            return
+            return "slots"
         num_known = len(seq.token_ids)
         hits: list[int] = []
         slots: list[int] = []
@@ -139,14 +151,14 @@ def _admit_waiting(
             seq.extend_keys(most, block_size, limits.fingerprint)
             hits = core.pool.match(seq.keys[:most])
             slots = core.host.match(seq.keys[len(hits) : most])
-        capacity = core.blocks_for(seq.max_total - 1)
-        needed = core.pool.blocks_to_start(core.blocks_for(num_known), capacity)
-        needed += core.pool.num_cached(hits) - len(hits)
+        needed = core.blocks_to_start(seq) + core.pool.num_cached(hits) - len(hits)
         # One block of growth for each running sequence, so that an admission doesn't make
         # the very next steps preempt.
         growth = core.num_slots - core.num_unclaimed_slots + num_forks
         if core.running and not core.pool.has_room(needed, growth):
-            return
+            return "blocks"
+        if core.running and not _fits_with_all(core, seq):
+            return "forecast"
         restored = core.start(seq, hits, len(slots))
         swap_ins += map(SwapIn, slots, restored)
         if restored:  # they are there before the step, so even this plan may match them
@@ -154,6 +166,20 @@ def _admit_waiting(
         num_tokens = min(seq.num_uncomputed, budget)
         rows.append(_advance(seq, num_tokens, block_size))
         budget -= num_tokens
+    return None
+
+
+def _fits_with_all(core: Core, seq: Sequence) -> bool:
+    """Whether the pool is expected to hold the running sequences to their ends, and this one."""
+    everyone = [*core.running, seq]
+    lengths = np.array([(one.num_total, one.num_prompt, one.max_total) for one in everyone]).T
+    held, num_prompt, most = lengths
+    blocks = core.output_lengths.working_set(held - num_prompt, held, most, core.block_size)
+    if blocks is None:
+        return True
+    # Blocks that several own are counted for each of them: take what sharing saves off again.
+    saved = sum(one.num_blocks for one in core.running) - core.pool.counts.owned
+    return blocks - saved <= core.pool.num_blocks
 
 
 def _part(core: Core, rows: list[PlanRow]) -> None:

@@ -13,8 +13,9 @@ from typing import NamedTuple
 
 from engine.core import planning
 from engine.core.block_pool import PoolCounts
+from engine.core.core import Core, Holding
 from engine.core.limits import MAX_INT32, Limits
-from engine.core.sequences import Core, Sequence
+from engine.core.sequences import Sequence
 from engine.types import (
     FinishReason,
     InvalidRequest,
@@ -66,6 +67,12 @@ class SchedulerState:
         return len(core.sequences) - len(core.running)
 
     @property
+    def holding(self) -> Holding | None:
+        """Why the head of the queue still waited when the last step was planned; None if no
+        request did."""
+        return self._peek().holding
+
+    @property
     def is_idle(self) -> bool:
         """Whether no request is left."""
         return not self._peek().sequences
@@ -86,6 +93,7 @@ class SchedulerState:
             "in_flight": core.in_flight.copy(),
             "pool": core.pool.counts._asdict(),
             "host": len(core.host),
+            "holding": core.holding,
             "running": [seq.describe() for seq in core.running],
             "waiting": [seq.describe() for seq in core.waiting.in_order()],
         }
@@ -126,6 +134,8 @@ def admit(state: SchedulerState, limits: Limits, request: Request) -> SchedulerS
     for index, name in enumerate(names):
         if name in state or name in names[:index]:
             raise InvalidRequest("request_id", f"{name!r} is already running")
+    if request.forks and limits.allocator == "contiguous":
+        raise InvalidRequest("n", "the contiguous allocator shares no prompt; ask for one sample")
     if len(names) > limits.max_num_seqs:
         raise InvalidRequest(
             "n",
@@ -227,6 +237,7 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
         logprobs = tokens.logprobs.get(index)
         outputs.append(_output(seq, (token,), reason, () if logprobs is None else (logprobs,)))
         if reason is not None:
+            core.output_lengths.add(len(seq.token_ids) - seq.num_prompt)
             core.remove(seq)
     return Committed(SchedulerState(core), tuple(outputs))
 

@@ -82,6 +82,7 @@ class Totals:
     swapped_out_blocks: int = 0
     swapped_in_blocks: int = 0
     failed_steps: int = 0
+    held_steps: Counter[str] = dataclasses.field(default_factory=Counter)
     finished: Counter[str] = dataclasses.field(default_factory=Counter)
 
 
@@ -226,6 +227,8 @@ class EngineLoop:
         totals.copied_blocks += len(plan.block_copies)
         totals.swapped_out_blocks += len(plan.swap_outs)
         totals.swapped_in_blocks += len(plan.swap_ins)
+        if (holding := self._state.holding) is not None:
+            totals.held_steps[holding] += 1
         if not plan.rows:
             self._planned = None
             return None

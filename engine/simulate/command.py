@@ -8,7 +8,9 @@ from __future__ import annotations
 import json as json_module
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Annotated
 
+from cyclopts import Parameter
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
@@ -24,7 +26,7 @@ from engine.simulate.trace import read_trace
 def simulate(
     *,
     trace: Path | None = None,
-    allocator: Sequence[str] = ALLOCATORS,
+    allocator: Annotated[Sequence[str], Parameter(negative=())] = ALLOCATORS,
     requests: int = 5000,
     rate: float | None = None,
     turns: float = 1.0,
@@ -39,20 +41,20 @@ def simulate(
     max_model_len: int = 2048,
     max_tokens: int | None = None,
     json: bool = False,
-    console: Console | None = None,
+    console: Annotated[Console | None, Parameter(parse=False)] = None,
 ) -> list[Figures]:
     """Run allocators under the real scheduler on one stream, print a report, and return it.
 
     Args:
-      trace: JSON lines of requests (`engine.simulate.trace`); without it, a stream like
-        ShareGPT is drawn, which the next five say more about.
-      allocator: names, each one column.
+      trace: JSON lines with `arrival` (seconds), `prompt_tokens`, `output_tokens` and perhaps a
+        `conversation`; without it, a stream like ShareGPT is drawn.
+      allocator: names, with commas between them or given several times; each is a column.
       requests: how many.
       rate: requests a second; None: all at once.
       turns: of a conversation on average. If there are any, `paged` reuses prefixes.
       think_s: mean seconds between an answer and the next turn.
       seed: of the stream.
-      device: a name of `cost.DEVICES`.
+      device: whose published peaks a step's time is estimated from: v6e or h100.
       num_blocks: of the pool, by default what fits beside the weights.
       memory: the pool's in bytes instead, or as text such as 8GiB.
       block_size: tokens in a block.
@@ -61,6 +63,7 @@ def simulate(
       max_tokens: what each client gives; None: answers may be as long as the model's context,
         and slabs are sized for that.
       json: print JSON instead of a table.
+      console: where to print.
 
     Raises:
       ValueError: an option is out of range, or the trace is wrong.
@@ -113,6 +116,7 @@ def simulate(
 
 
 def _allocators(given: Sequence[str]) -> tuple[Allocator, ...]:
+    given = [name for part in given for name in part.split(",")]
     names = tuple(name for name in ALLOCATORS if name in given)
     unknown = [name for name in given if name not in ALLOCATORS]
     if unknown or not names:

@@ -15,7 +15,6 @@ from typing import Literal
 import numpy as np
 
 from engine.core import scheduler
-from engine.core.contiguous import ContiguousPool
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
 from engine.simulate.cost import CostModel
@@ -82,7 +81,7 @@ def run(
       progress: told now and then how many requests have ended.
     """
     if allocator == "contiguous":
-        limits = dataclasses.replace(limits, prefix_reuse=False)
+        limits = dataclasses.replace(limits, prefix_reuse=False, allocator=allocator)
     # A queue as long as a step can admit; the stream is first come, first served, so what waits
     # in it needs no memory here.
     limits = dataclasses.replace(limits, max_waiting=limits.max_num_seqs)
@@ -106,9 +105,6 @@ class _Run:
         self.allocator: Allocator = allocator
         self.max_tokens = max_tokens
         self.state = SchedulerState.initial(limits)
-        if allocator == "contiguous":
-            pool = ContiguousPool(limits.num_blocks)
-            self.state._peek().pool = pool  # pyrefly: ignore[bad-assignment]
         self.arrivals = _Arrivals(stream)
         self.clock_s = 0.0
         count = len(stream)

@@ -9,7 +9,7 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from engine.core.contiguous import ContiguousPool
-from engine.core.sequences import Core
+from engine.core.core import Core
 
 
 class Sample(NamedTuple):

@@ -15,10 +15,11 @@ import pytest
 from engine.core import planning, scheduler, sequences
 from engine.core.block_keys import child_key, root_key
 from engine.core.block_pool import BlockPool
+from engine.core.core import Core
 from engine.core.host_tier import HostTier
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
-from engine.core.sequences import Core, Sequence, WaitingQueue
+from engine.core.sequences import Sequence, WaitingQueue
 from engine.types import Domain
 
 Patch = pytest.MonkeyPatch
@@ -249,12 +250,12 @@ def a_preempted_sequence_does_not_wait_for_its_token(patch: Patch) -> None:
 
 @mutant
 def a_preempted_sequence_comes_straight_back(patch: Patch) -> None:
-    rewrite(patch, planning, "plan_step", "if not preempted:", "if True:")
+    rewrite(patch, planning, "plan_step", "if preempted:", "if False:")
 
 
 @mutant
 def the_highest_rank_is_preempted(patch: Patch) -> None:
-    rewrite(patch, planning, "_schedule_decodes", "victim = running[-1]", "victim = running[0]")
+    rewrite(patch, planning, "_schedule_decodes", "in reversed(running)", "in running")
 
 
 @mutant
@@ -310,7 +311,7 @@ def forks_part_before_the_prompt_ends(patch: Patch) -> None:
 
 @mutant
 def a_fork_takes_no_ownership(patch: Patch) -> None:
-    rewrite(patch, Core, "part", "self.pool.share(seq.owned_blocks())", "pass")
+    rewrite(patch, Core, "part", "self.pool.share(blocks)", "pass")
 
 
 @mutant
@@ -384,6 +385,21 @@ def a_failed_step_leaves_its_blocks_in_the_host_tier(patch: Patch) -> None:
 @mutant
 def a_slot_is_lost_with_a_failed_step(patch: Patch) -> None:
     rewrite(patch, HostTier, "forget_since", "self._free.append(", "str(")
+
+
+@mutant
+def a_protected_sequence_is_preempted(patch: Patch) -> None:
+    rewrite(patch, planning, "_schedule_decodes", " or not core.is_protected(low)", " or True")
+
+
+@mutant
+def a_protected_sequence_gets_no_reserve(patch: Patch) -> None:
+    rewrite(patch, Core, "blocks_to_start", "if self.is_protected(seq):", "if False:")
+
+
+@mutant
+def whoever_follows_a_preempted_sequence_is_passed_over(patch: Patch) -> None:
+    rewrite(patch, planning, "_schedule_decodes", "index -= 1", "pass")
 
 
 @mutant

@@ -96,6 +96,7 @@ class Record:
         self.num_committed = 0  # on the host
         self.computed = 0
         self.num_cached: int | None = None
+        self.num_preempted = 0
         self.has_slot = False
         self.is_live = True
 

@@ -27,6 +27,7 @@ LIMITS: Ranges = {
     "max_waiting": (1, 16),
     "prefix_reuse": (0, 5),  # off at 0
     "host_blocks": (-4, 12),  # none if it is not above 0
+    "max_preemptions": (1, 2),
     "max_in_flight": (1, 3),
 }
 REQUEST: Ranges = {
@@ -67,6 +68,7 @@ def make_limits(numbers: Numbers) -> Limits:
         max_waiting=numbers["max_waiting"],
         prefix_reuse=numbers["prefix_reuse"] > 0,
         host_blocks=max(0, numbers["host_blocks"]),
+        max_preemptions=numbers["max_preemptions"],
         fingerprint="weights",
     )
 

@@ -17,6 +17,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from engine.core import scheduler
+from engine.core.block_pool import BlockPool
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState, StaleState
 from engine.types import (
@@ -204,6 +205,7 @@ class Simulation:
         for request_id in affected:
             self._remove(request_id)
         for record in self.records.values():
+            record.num_preempted += record.has_slot
             record.lose_slot()
         self.in_flight.clear()
         self._unlaunched = None
@@ -378,16 +380,20 @@ class Simulation:
         assert len({row.slot for row in rows}) == len(rows)
         running = [entry["request_id"] for entry in before["running"]]
         waiting = [entry["request_id"] for entry in before["waiting"]]
-        kept = len(running) - len(plan.preempted)
-        assert list(plan.preempted) == running[kept:][::-1], "not the lowest ranks were preempted"
+        most = limits.max_preemptions
+        victims = [name for name in running[::-1] if self.records[name].num_preempted < most]
+        count = len(plan.preempted)
+        assert list(plan.preempted) == victims[:count], "not the lowest ranks were preempted"
+        kept = [name for name in running if name not in plan.preempted]
         for request_id in plan.preempted:
             self.records[request_id].lose_slot()
+            self.records[request_id].num_preempted += 1
             self.counts["preempted"] += 1
-        must_decode = [name for name in running[:kept] if self.records[name].may_decode]
+        must_decode = [name for name in kept if self.records[name].may_decode]
         assert [row.request.request_id for row in rows[: len(must_decode)]] == must_decode, (
             "the decodes are not first, in order and complete"
         )
-        unfinished = [name for name in running[:kept] if not self.records[name].is_at_its_end]
+        unfinished = [name for name in kept if not self.records[name].is_at_its_end]
         continued = [row.request.request_id for row in rows if row.history is None]
         assert sorted(continued) == sorted(unfinished), "a running sequence stands still"
 
@@ -491,6 +497,7 @@ class Simulation:
     def _check_names(self) -> None:
         """Every name is true: the block holds what its key says, on the device, now."""
         pool = self.state._peek().pool
+        assert isinstance(pool, BlockPool)
         block_size, fingerprint = self.limits.block_size, self.limits.fingerprint
         for block, key in pool._key_of.items():
             contents = self.kv[block]
@@ -504,6 +511,7 @@ class Simulation:
     def _check_eviction_order(self) -> None:
         """Of the blocks that one sequence released, the last goes first."""
         core = self.state._peek()
+        assert isinstance(core.pool, BlockPool)
         released = [block for block in core.pool._cached if block not in self._cached]
         if len(released) > 1:
             for blocks in self._held:

@@ -188,7 +188,4 @@ def test_every_request_of_a_crowd_gets_its_tokens_without_a_preemption() -> None
 
 
 def _driver(**changes: Any) -> Driver:
-    driver = Driver(prefix_reuse=False, **changes)
-    pool = ContiguousPool(driver.limits.num_blocks)
-    driver.state._peek().pool = pool  # type: ignore[assignment]
-    return driver
+    return Driver(prefix_reuse=False, allocator="contiguous", **changes)

@@ -168,7 +168,7 @@ class FakeEngine(Engine):
         """Every field differs, so that a swapped pair shows."""
         fields = dataclasses.fields(EngineStats)
         values: dict[str, Any] = {field.name: number for number, field in enumerate(fields, 1)}
-        values["finished"] = dict(self.finished)
+        values |= {"finished": dict(self.finished), "held_steps": {"blocks": 3, "slots": 5}}
         return EngineStats(**values)
 
     def close(self) -> None:

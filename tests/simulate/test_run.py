@@ -191,7 +191,7 @@ def test_every_request_finishes_and_gets_its_tokens(allocator: Allocator) -> Non
 def test_holding_arrivals_back_changes_no_step() -> None:
     stream = sharegpt_like(120, seed=8)
     limits = make_limits(
-        num_blocks=200, block_size=16, max_model_len=2048, max_step_tokens=256, max_waiting=120
+        num_blocks=140, block_size=16, max_model_len=2048, max_step_tokens=256, max_waiting=120
     )
     outcome = run(stream, limits, SECOND_A_STEP, "paged")
     state = SchedulerState.initial(limits)

@@ -1,0 +1,109 @@
+"""A server's cache without a server: prompts, tenants, a clock that nobody waits for.
+
+It knows every channel twice, as one that leaks across tenants and as one that does not, so that
+a test can open them one by one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections import Counter, defaultdict
+from collections.abc import AsyncIterator
+
+import numpy as np
+
+from engine.leakcheck.channels import Channel
+
+SECONDS_A_MISS = 0.5
+SECONDS_A_HIT = 0.05
+JITTER = 0.1  # relative standard deviation of a time
+
+
+class Simulation:
+    """A server that takes one request after the other.
+
+    Args:
+      leaks: channels on which a tenant's request meets what others have cached.
+      caches: whether anything is cached at all.
+      prefers_hits: whether cached prompts are served first of those that wait.
+      shows: whether usage and metrics are there at all.
+      quiet: real seconds without a further request after which a burst is taken to be complete.
+    """
+
+    def __init__(
+        self,
+        *leaks: Channel,
+        caches: bool = True,
+        prefers_hits: bool = True,
+        shows: bool = True,
+        quiet: float = 0.0,
+    ):
+        self.leaks = frozenset(leaks)
+        self.caches = caches
+        self.prefers_hits = prefers_hits
+        self.shows = shows
+        self.quiet = quiet
+        self.seconds = 0.0
+        self.prompts: list[tuple[str, str]] = []
+        self._cached: defaultdict[str, set[str]] = defaultdict(set)
+        self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
+        self._waiting: list[tuple[str, str]] = []
+        self._turn = asyncio.Condition()
+        self._is_busy = False
+        self._rng = np.random.default_rng(0)
+
+    def now(self) -> float:
+        """The simulated time, in seconds."""
+        return self.seconds
+
+    @contextlib.asynccontextmanager
+    async def served(self, prompt: str, tenant: str) -> AsyncIterator[int]:
+        """Serve a request: wait for its turn, take its time, and yield its cached tokens."""
+        me = (prompt, tenant)
+        self._waiting.append(me)
+        self.prompts.append(me)
+        arrived = 0
+        while self.quiet and arrived != len(self.prompts):
+            arrived = len(self.prompts)
+            await asyncio.sleep(self.quiet)
+        had_to_wait = len(self._waiting) > 1 or self._is_busy
+        async with self._turn:
+            await self._turn.wait_for(lambda: not self._is_busy and self._next() == me)
+            self._is_busy = True
+            self._waiting.remove(me)
+        if had_to_wait:  # the answer before this one is read before this one is there
+            await asyncio.sleep(0.003)
+        is_hit = self._is_hit(Channel.TTFT, prompt, tenant)
+        noise = max(0.1, 1 + JITTER * self._rng.standard_normal())
+        self.seconds += noise * (SECONDS_A_HIT if is_hit else SECONDS_A_MISS)
+        tokens = len(prompt.split())
+        cached = tokens * self._is_hit(Channel.CACHED_TOKENS, prompt, tenant)
+        counts = self._counts[tenant]
+        counts["prompt_tokens"] += tokens
+        counts["cached_prompt_tokens"] += tokens * self._is_hit(Channel.OCCUPANCY, prompt, tenant)
+        counts["computed_tokens"] += tokens
+        if self.caches:
+            self._cached[tenant].add(prompt)
+        try:
+            yield cached
+        finally:
+            async with self._turn:
+                self._is_busy = False
+                self._turn.notify_all()
+
+    def metrics(self, tenant: str) -> dict[str, int]:
+        """The counts that a tenant may read: its own, or everybody's if `watch` leaks."""
+        if Channel.WATCH not in self.leaks:
+            return dict(self._counts[tenant])
+        return dict(sum(self._counts.values(), Counter()))
+
+    def _next(self) -> tuple[str, str]:
+        if not self.prefers_hits:
+            return self._waiting[0]
+        return max(self._waiting, key=lambda each: self._is_hit(Channel.QUEUE_ORDER, *each))
+
+    def _is_hit(self, channel: Channel, prompt: str, tenant: str) -> bool:
+        """Whether a request finds its prompt, as far as this channel shows."""
+        caches = self._cached.values() if channel in self.leaks else [self._cached[tenant]]
+        return any(prompt in cache for cache in caches)
