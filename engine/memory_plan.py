@@ -138,14 +138,7 @@ def config_blocks(config: Config, arch: Architecture, backend: Backend | None = 
     if config.cache.num_blocks is not None:
         return config.cache.num_blocks
     assert config.cache.memory is not None  # Config checks that one of the two is given
-    backend = backend or config.attention.backend
-    block = _block_bytes_per_chip(config, arch, backend) * config.mesh.tensor
-    if config.cache.memory < block:
-        raise ConfigError(
-            f"cache.memory is {config.cache.memory} bytes, but one block of "
-            f"{config.cache.block_size} tokens takes {block}; raise it or lower cache.block_size"
-        )
-    return config.cache.memory // block
+    return _blocks_in("memory", config, arch, backend or config.attention.backend)
 
 
 def host_blocks(config: Config, arch: Architecture, backend: Backend) -> int:
@@ -154,12 +147,17 @@ def host_blocks(config: Config, arch: Architecture, backend: Backend) -> int:
     Raises:
       ConfigError: `cache.host_memory` doesn't hold a single block.
     """
-    memory = config.cache.host_memory
+    return _blocks_in("host_memory", config, arch, backend) if config.cache.host_memory else 0
+
+
+def _blocks_in(key: str, config: Config, arch: Architecture, backend: Backend) -> int:
+    """Blocks that the memory under a key of `cache` holds."""
+    memory = getattr(config.cache, key)
     block = _block_bytes_per_chip(config, arch, backend) * config.mesh.tensor
-    if 0 < memory < block:
+    if memory < block:
         raise ConfigError(
-            f"cache.host_memory is {memory} bytes, but one block of {config.cache.block_size} "
-            f"tokens takes {block}; raise it, or leave it out for no host tier"
+            f"cache.{key} is {memory} bytes, but one block of {config.cache.block_size} tokens "
+            f"takes {block}; raise it or lower cache.block_size"
         )
     return memory // block
 

@@ -41,7 +41,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llm": BELOW_SERVE | {"loading", "frontend", "streams"},
     "generate": {"types", "llm"},
     "calibrate": BELOW_SERVE | {"loading", "resolve", "llm", "generate"},
-    "simulate": {"types", "config", "core"},
+    "simulate": {"types", "config", "core", "progress"},
     "leakcheck": {"rpc", "progress", "__init__"},
     "progress": set(),
     "aot": BELOW_SERVE | {"loading"},  # compiles what `loading` would start

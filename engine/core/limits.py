@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+Allocator = Literal["paged", "contiguous"]
 MAX_INT32 = 2**31 - 1  # block ids, positions and token ids are int32 on the device
 
 
@@ -15,8 +16,7 @@ class Limits:
     `fingerprint` names the weights; it goes into every block key. `host_blocks` is the size of the
     host tier, 0 for none. `allocator` is "contiguous" for what paging is compared with.
 
-    A sequence that was preempted `max_preemptions` times starts again with every block that it can
-    come to need, and is not preempted any more.
+    After `max_preemptions`, a sequence starts with every block it can need, and is left alone.
 
     Raises:
       ValueError: a limit is out of range, or a step could not hold one token a sequence.
@@ -30,7 +30,7 @@ class Limits:
     max_waiting: int = 1024
     prefix_reuse: bool = True
     host_blocks: int = 0
-    allocator: Literal["paged", "contiguous"] = "paged"
+    allocator: Allocator = "paged"
     max_preemptions: int = 4
     fingerprint: str = ""
 

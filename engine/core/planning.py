@@ -3,8 +3,9 @@
 The policy, in order. Every running sequence whose prompt is done gets one token (decodes
 first, so a long prompt never stalls a stream); then running prompts get chunks; then waiting
 requests are admitted, by priority and arrival, each with blocks for all its known tokens, so
-that only decodes ever need a block on the way. A decode that finds none preempts the
-lowest-ranked running sequence, which is recomputed later. Nothing overtakes the head of the
+that only decodes ever need a block on the way, and if what the running ones are expected to need
+is left. A decode that finds no block preempts the lowest rank that was not preempted too often,
+which finds its blocks in the host tier later, or is recomputed. Nothing overtakes the head of the
 queue, so nothing starves. A request's forks start when its prompt is computed, on its blocks;
 whoever then writes to a shared block first gets a copy of it.
 """
@@ -139,8 +140,8 @@ def _admit_waiting(
             return "token"  # preempted with one on the way, which the recomputation needs
         if budget <= 0:
             return "budget"
-        num_forks = len(seq.forks)
-        if num_forks >= core.num_unclaimed_slots:
+        unclaimed = core.num_unclaimed_slots - len(seq.forks)
+        if unclaimed <= 0:
             return "slots"
         num_known = len(seq.token_ids)
         hits: list[int] = []
@@ -154,7 +155,7 @@ def _admit_waiting(
         needed = core.blocks_to_start(seq) + core.pool.num_cached(hits) - len(hits)
         # One block of growth for each running sequence, so that an admission doesn't make
         # the very next steps preempt.
-        growth = core.num_slots - core.num_unclaimed_slots + num_forks
+        growth = core.num_slots - unclaimed
         if core.running and not core.pool.has_room(needed, growth):
             return "blocks"
         if core.running and not _fits_with_all(core, seq):

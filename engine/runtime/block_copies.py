@@ -6,7 +6,7 @@ It runs between two steps, so that a step finds every copy done and no kernel or
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -14,7 +14,7 @@ import numpy as np
 
 from engine.types import BlockCopy
 
-AT_A_TIME = 8  # blocks held beside the pool, of one layer
+AT_A_TIME = 8  # blocks that are held beside the pool while they move
 
 
 class BlockCopier:
@@ -69,8 +69,7 @@ def copy_blocks(
       count: int32[], how many there are; they come first.
       num_layers: in the pool.
     """
-    num_entries = kv_pool.shape[0]
-    num_blocks = num_entries // num_layers
+    num_blocks = kv_pool.shape[0] // num_layers
 
     def some(step, kv_pool):
         source, destination = (
@@ -78,11 +77,34 @@ def copy_blocks(
             for blocks in (sources, destinations)
         )
 
-        def layer(index, kv_pool):  # layer by layer: all at once would copy the pool
-            first = index * num_blocks
-            target = jnp.where(destination < num_blocks, first + destination, num_entries)
-            return kv_pool.at[target].set(kv_pool[first + source], mode="drop")
+        def contents(kv_pool, index):
+            return kv_pool[index * num_blocks + source]
 
-        return jax.lax.fori_loop(0, num_layers, layer, kv_pool)
+        return write_blocks(kv_pool, destination, contents, num_layers=num_layers)
 
     return jax.lax.fori_loop(0, -(-count // AT_A_TIME), some, kv_pool)
+
+
+def write_blocks(
+    kv_pool: jax.Array,
+    blocks: jax.Array,
+    contents: Callable[[jax.Array, jax.Array], jax.Array],
+    *,
+    num_layers: int,
+) -> jax.Array:
+    """Fill blocks of every layer, layer by layer: all layers at once would copy the pool.
+
+    Args:
+      kv_pool: [num_layers * num_blocks, ...]; donate it.
+      blocks: int32[n], no two alike; num_blocks where there is nothing to fill.
+      contents: (the pool so far, int32[] layer) -> [n, ...], what goes there.
+      num_layers: in the pool.
+    """
+    num_entries = kv_pool.shape[0]
+    num_blocks = num_entries // num_layers
+
+    def layer(index, kv_pool):
+        entries = jnp.where(blocks < num_blocks, index * num_blocks + blocks, num_entries)
+        return kv_pool.at[entries].set(contents(kv_pool, index), mode="drop")
+
+    return jax.lax.fori_loop(0, num_layers, layer, kv_pool)

@@ -13,9 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine.runtime.block_copies import AT_A_TIME, write_blocks
 from engine.types import SwapIn, SwapOut
-
-AT_A_TIME = 8  # blocks that one call moves
 
 
 class Outgoing:
@@ -114,11 +113,7 @@ class HostPool:
     ) -> jax.Array:
         """Put contents [n, L, ...] into blocks [n]; nowhere where that is num_blocks."""
 
-        def layer(index, kv_pool):  # layer by layer: all at once would copy the pool
-            entries = jnp.where(
-                blocks < self._num_blocks, blocks + index * self._num_blocks, kv_pool.shape[0]
-            )
-            some = jax.lax.dynamic_index_in_dim(contents, index, axis=1, keepdims=False)
-            return kv_pool.at[entries].set(some, mode="drop")
+        def layers_contents(_, index):
+            return jax.lax.dynamic_index_in_dim(contents, index, axis=1, keepdims=False)
 
-        return jax.lax.fori_loop(0, self._num_layers, layer, kv_pool)
+        return write_blocks(kv_pool, blocks, layers_contents, num_layers=self._num_layers)

@@ -12,13 +12,13 @@ from typing import Annotated
 
 from cyclopts import Parameter
 from rich.console import Console
-from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 
 from engine.config import parse_size
-from engine.core.limits import Limits
+from engine.core.limits import Allocator, Limits
+from engine.progress import ProgressBar
 from engine.simulate.cost import DEVICES, CostModel
 from engine.simulate.report import Figures, figures, render, summary
-from engine.simulate.run import ALLOCATORS, Allocator, run
+from engine.simulate.run import ALLOCATORS, run
 from engine.simulate.stream import Stream, sharegpt_like
 from engine.simulate.trace import read_trace
 
@@ -151,19 +151,15 @@ def _run_all(
     max_tokens: int | None,
 ) -> list[Figures]:
     reports = []
-    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn())
-    with Progress(
-        *columns, TimeRemainingColumn(), console=Console(stderr=True), transient=True
-    ) as progress:
+    with ProgressBar() as progress:
         for name in names:
-            task = progress.add_task(name, total=len(stream))
             outcome = run(
                 stream,
                 limits,
                 cost,
                 name,
                 max_tokens=max_tokens,
-                progress=lambda done, task=task: progress.update(task, completed=done),
+                progress=lambda done, name=name: progress(name, done, len(stream)),
             )
             reports.append(figures(outcome, stream.prompt_tokens))
     return reports

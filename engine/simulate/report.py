@@ -117,7 +117,7 @@ def figures(outcome: Outcome, prompt_tokens: np.ndarray) -> Figures:
     # The last token of a request is never fed back, so it has no position in the cache.
     needed = (prompt_tokens + outcome.num_generated - 1 - outcome.num_cached)[is_finished]
     return Figures(
-        allocator=outcome.allocator,
+        allocator=outcome.limits.allocator,
         finished=int(is_finished.sum()),
         rejected=int((~is_finished).sum()),
         duration_s=outcome.end_s,

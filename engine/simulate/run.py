@@ -10,20 +10,19 @@ import dataclasses
 import heapq
 import math
 from collections.abc import Callable, Iterator
-from typing import Literal
+from typing import get_args
 
 import numpy as np
 
 from engine.core import scheduler
-from engine.core.limits import Limits
+from engine.core.limits import Allocator, Limits
 from engine.core.scheduler import SchedulerState
 from engine.simulate.cost import CostModel
 from engine.simulate.samples import Sample, take_sample
 from engine.simulate.stream import LAST_TURN, Stream
 from engine.types import InvalidRequest, PlanRow, Request, SamplingParams, StepTokens
 
-Allocator = Literal["paged", "contiguous"]
-ALLOCATORS: tuple[Allocator, ...] = ("paged", "contiguous")
+ALLOCATORS: tuple[Allocator, ...] = get_args(Allocator)
 SAMPLE_STEPS = 16
 """Steps from one sample to the next; reading one costs a tenth of a step."""
 
@@ -37,7 +36,7 @@ class Outcome:
     """What happened to N requests under one allocator. Times are simulated seconds.
 
     Attributes:
-      allocator, limits: what ran.
+      limits: what ran; they name the allocator.
       arrival_s: float64[N], nan for requests that never came (a turn before was refused).
       first_token_s, finish_s: float64[N], nan for requests that were refused.
       num_generated: int64[N].
@@ -48,7 +47,6 @@ class Outcome:
       num_preemptions: requests that lost their blocks, each time counted.
     """
 
-    allocator: Allocator
     limits: Limits
     arrival_s: np.ndarray
     first_token_s: np.ndarray
@@ -80,12 +78,15 @@ def run(
       sample_steps: steps from one sample to the next.
       progress: told now and then how many requests have ended.
     """
-    if allocator == "contiguous":
-        limits = dataclasses.replace(limits, prefix_reuse=False, allocator=allocator)
-    # A queue as long as a step can admit; the stream is first come, first served, so what waits
-    # in it needs no memory here.
-    limits = dataclasses.replace(limits, max_waiting=limits.max_num_seqs)
-    return _Run(stream, limits, cost, allocator, max_tokens).run(sample_steps, progress)
+    limits = dataclasses.replace(
+        limits,
+        allocator=allocator,
+        prefix_reuse=limits.prefix_reuse and allocator == "paged",
+        # As long as a step can admit; the stream is first come, first served, so what waits in
+        # the queue needs no memory here.
+        max_waiting=limits.max_num_seqs,
+    )
+    return _Run(stream, limits, cost, max_tokens).run(sample_steps, progress)
 
 
 class _Run:
@@ -96,13 +97,11 @@ class _Run:
         stream: Stream,
         limits: Limits,
         cost: CostModel,
-        allocator: Allocator,
         max_tokens: int | None,
     ):
         self.stream = stream
         self.limits = limits
         self.cost = cost
-        self.allocator: Allocator = allocator
         self.max_tokens = max_tokens
         self.state = SchedulerState.initial(limits)
         self.arrivals = _Arrivals(stream)
@@ -129,7 +128,6 @@ class _Run:
                 break
         progress(self.num_ended)
         return Outcome(
-            self.allocator,
             self.limits,
             self.arrival_s,
             self.first_token_s,

@@ -81,6 +81,14 @@ def test_a_schedule_over_its_limits_fails(tmp_path: Path) -> None:
     assert re.search(r"^8/1 heads, blocks of 128 .*\(limit 0.01\).* FAILED$", done.stdout, re.M)
 
 
+def printed_by(code: str) -> list[str]:
+    """The lines that a script prints in a process of its own, where libtpu may be set up."""
+    script = [sys.executable, "-c", code]
+    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
 COPIES_THE_POOL = """
 from engine.aot.topologies import one_chip, prepare_environment
 prepare_environment()
@@ -120,10 +128,7 @@ for program in (through_the_layers, in_place):
 @needs_libtpu
 def test_a_tpu_program_that_copies_the_pool_is_found_out() -> None:
     """As scan input and output the pool is copied; as a carry it is not."""
-    script = [sys.executable, "-c", COPIES_THE_POOL]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    copied, in_place = done.stdout.splitlines()
+    copied, in_place = printed_by(COPIES_THE_POOL)
     assert re.match(r"through_the_layers [1-9]", copied), copied
     assert in_place.strip() == "in_place 0"
 
@@ -166,10 +171,7 @@ for program, copies in ((by_layer, 16), (at_once, blocks // 2)):
 @needs_libtpu
 def test_whole_blocks_are_copied_inside_the_donated_pool_layer_by_layer() -> None:
     """As docs/kernels.md says, and the reason that there is no kernel for it."""
-    script = [sys.executable, "-c", COPIES_BLOCKS]
-    done = subprocess.run(script, cwd=ROOT, capture_output=True, text=True, check=False)
-    assert done.returncode == 0, done.stderr
-    by_layer, at_once = (line.split(maxsplit=2) for line in done.stdout.splitlines())
+    by_layer, at_once = (line.split(maxsplit=2) for line in printed_by(COPIES_BLOCKS))
     name, temporary, copied = by_layer
     assert (name, copied) == ("by_layer", "nothing")
     assert int(temporary) < 2**20

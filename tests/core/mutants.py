@@ -327,7 +327,7 @@ def a_parent_does_not_know_that_its_tail_is_shared(patch: Patch) -> None:
 
 @mutant
 def no_slot_is_kept_for_a_fork(patch: Patch) -> None:
-    rewrite(patch, planning, "_admit_waiting", "num_forks >= core.num_unclaimed_slots", "False")
+    rewrite(patch, planning, "_admit_waiting", "unclaimed <= 0", "not core.free_slots")
 
 
 @mutant

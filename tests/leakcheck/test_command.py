@@ -38,16 +38,21 @@ def _samples(blocks: Any, name: str = "count") -> Samples:
     return Samples(named, [])
 
 
+def _quick(address: str) -> Options:
+    """One channel, as few trials as tell anything."""
+    return Options(
+        address=address,
+        channels=[Channel.CACHED_TOKENS],
+        trials=16,
+        prompt_tokens=32,
+        alpha=0.05,
+    )
+
+
 async def test_a_check_of_our_server_makes_up_two_salts() -> None:
     simulation = Simulation()
     async with grpc_server(simulation) as address:
-        options = Options(
-            address=address,
-            channels=[Channel.CACHED_TOKENS],
-            trials=16,
-            prompt_tokens=32,
-            alpha=0.05,
-        )
+        options = _quick(address)
         steps: list[tuple[str, int, int]] = []
 
         def progress(what: str, done: int, total: int) -> None:
@@ -217,14 +222,7 @@ def test_a_leak_needs_an_interval_without_one_half() -> None:
 
 async def _report(simulation: Simulation) -> Report:
     async with grpc_server(simulation) as address:
-        options = Options(
-            address=address,
-            channels=[Channel.CACHED_TOKENS],
-            trials=16,
-            prompt_tokens=32,
-            alpha=0.05,
-        )
-        return await check(options, lambda *_: None)
+        return await check(_quick(address), lambda *_: None)
 
 
 def _printed(report: Report) -> str:

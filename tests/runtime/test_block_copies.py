@@ -3,32 +3,24 @@
 from __future__ import annotations
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.aot.hlo import pool_copies
 from engine.runtime.block_copies import AT_A_TIME, BlockCopier
 from engine.types import BlockCopy
-
-LAYERS, BLOCKS = 3, 64
+from tests.runtime.pools import BLOCKS, DTYPES, LAYERS, random_pool
 
 
 def make(
     dtype: str, num_devices: int, max_copies: int
 ) -> tuple[BlockCopier, np.ndarray, jax.Array]:
     """The program, and a pool of random bits on the host and on devices that split its heads."""
-    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("tensor",))
-    sharding = NamedSharding(mesh, PartitionSpec(None, "tensor"))
-    shape = (LAYERS * BLOCKS, 4, 16, 32)
-    bits = np.random.default_rng(0).integers(0, 256, (*shape, jnp.dtype(dtype).itemsize))
-    pool = bits.astype(np.uint8).view(jnp.dtype(dtype))[..., 0]
-    struct = jax.ShapeDtypeStruct(shape, pool.dtype, sharding=sharding)
-    return BlockCopier(struct, LAYERS, max_copies), pool, jax.device_put(pool, sharding)
+    pool, on_device, struct = random_pool(dtype, num_devices)
+    return BlockCopier(struct, LAYERS, max_copies), pool, on_device
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "uint8"])
+@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(("num_devices", "count"), [(1, 1), (1, 2 * AT_A_TIME + 1), (2, 5)])
 def test_every_layer_s_block_is_copied_bit_by_bit(dtype: str, num_devices: int, count: int) -> None:
     copier, pool, on_device = make(dtype, num_devices, max_copies=3 * AT_A_TIME)
@@ -51,7 +43,7 @@ def test_sources_are_read_before_anything_is_written_and_the_last_copy_counts() 
     np.testing.assert_array_equal(after[:, 2:], before[:, 2:])
 
 
-@pytest.mark.parametrize("dtype", ["float32", "bfloat16", "int8", "uint8"])
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_pool_is_updated_in_place(dtype: str) -> None:
     copier, pool, _ = make(dtype, 1, max_copies=256)
     assert pool_copies(copier.program, num_elements=pool.size, num_bytes=pool.nbytes) == []

@@ -7,31 +7,24 @@ import dataclasses
 from pathlib import Path
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from engine.aot.hlo import pool_copies
 from engine.config import BucketConfig, SchedulerConfig
 from engine.runtime.host_pool import AT_A_TIME, HostPool
 from engine.types import Request, StepPlan, SwapIn, SwapOut
 from tests.engines import Result, SmallEngine, make_request, small_engine
+from tests.runtime.pools import BLOCKS, DTYPES, LAYERS, random_pool
 from tests.runtime.tiny import random_ids
 
-LAYERS, BLOCKS, SLOTS = 3, 64, 40
-DTYPES = ["float32", "bfloat16", "int8", "uint8"]
+SLOTS = 40
 
 
 def make(dtype: str, num_devices: int) -> tuple[HostPool, np.ndarray, jax.Array]:
     """A host pool, and a device's pool of random bits on both sides."""
-    mesh = Mesh(np.array(jax.devices()[:num_devices]), ("tensor",))
-    sharding = NamedSharding(mesh, PartitionSpec(None, "tensor"))
-    shape = (LAYERS * BLOCKS, 4, 16, 32)
-    bits = np.random.default_rng(0).integers(0, 256, (*shape, jnp.dtype(dtype).itemsize))
-    pool = bits.astype(np.uint8).view(jnp.dtype(dtype))[..., 0]
-    struct = jax.ShapeDtypeStruct(shape, pool.dtype, sharding=sharding)
-    return HostPool(struct, LAYERS, SLOTS), pool, jax.device_put(pool, sharding)
+    pool, on_device, struct = random_pool(dtype, num_devices)
+    return HostPool(struct, LAYERS, SLOTS), pool, on_device
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
