@@ -27,7 +27,8 @@ from engine.config import BucketConfig, SchedulerConfig
 from engine.core import batching, scheduler
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
-from engine.types import Request, SamplingParams, StepPlan, StepTokens
+from engine.sampling import SamplingParams
+from engine.types import Request, StepPlan, StepTokens
 
 BLOCK_SIZE = 16
 VOCAB_SIZE = 32_000

@@ -35,8 +35,9 @@ from engine.llm import AnyPrompt, as_prompt
 from engine.loading import check_attention, load_engine, resolve_attention
 from engine.resolve import Resolver
 from engine.runtime.runner import Runner
+from engine.sampling import InvalidRequest, SamplingParams
 from engine.text import Message, Tokenizer
-from engine.types import Domain, InvalidRequest, Request, SamplingParams
+from engine.types import Domain, Request
 from engine.weights import open_checkpoint
 from engine.weights.kv_scales import LARGEST, encode_scales, scales_of
 

@@ -13,7 +13,8 @@ import sys
 from typing import TextIO
 
 from engine.client import DEFAULT_ADDRESS, AsyncClient, ServiceError
-from engine.types import FinishReason, InvalidRequest, SamplingParams
+from engine.sampling import InvalidRequest, SamplingParams
+from engine.types import FinishReason
 
 EXIT_FAILED = 1
 EXIT_INTERRUPTED = 130  # 128 + SIGINT, as shells do

@@ -77,7 +77,7 @@ def chat(
       seed: makes draws repeatable.
     """
     from engine.chat import chat as run
-    from engine.types import SamplingParams
+    from engine.sampling import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
     return run(address, message, system=system, sampling=sampling)
@@ -134,7 +134,8 @@ def plan(
       json: print JSON instead of tables.
     """
     from engine import memory_plan
-    from engine.config import parse_size, resolve_source
+    from engine.config import resolve_source
+    from engine.config_file import parse_size
 
     loaded = _load(config, set_)
     architecture = loaded.model.architecture
@@ -345,9 +346,9 @@ def bench_serve(
 
 
 def _load(path: Path, overrides: list[str] | None) -> Any:
-    from engine import config
+    from engine import config_file
 
-    return config.load(path, overrides or ())
+    return config_file.load(path, overrides or ())
 
 
 def _text(path: Path | None) -> str | None:

@@ -17,8 +17,9 @@ from grpc_health.v1 import health_pb2, health_pb2_grpc
 
 from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.rpc.octavo.v1 import generation_pb2_grpc
+from engine.sampling import InvalidRequest, SamplingParams
 from engine.serve import convert
-from engine.types import FinishReason, InvalidRequest, SamplingParams, TokenLogprobs
+from engine.types import FinishReason, TokenLogprobs
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -100,7 +101,7 @@ class AsyncClient:
     Args:
       address: `host:port` of the server.
 
-    Every method raises ServiceError when the call fails, and `engine.types.InvalidRequest`
+    Every method raises ServiceError when the call fails, and `engine.sampling.InvalidRequest`
     when it can't even be sent.
     """
 

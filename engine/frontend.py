@@ -22,16 +22,9 @@ from typing import TYPE_CHECKING
 from engine.config import Architecture, Config
 from engine.resolve import Prompt, Resolver, deadline_after, is_quick
 from engine.runtime.loop import EngineLoop, EngineStopped, News, Rejected, StepRecord
+from engine.sampling import InvalidRequest, SamplingParams
 from engine.streams import Delta, Stream, Usage
-from engine.types import (
-    Domain,
-    FinishReason,
-    InvalidRequest,
-    QueueFull,
-    Request,
-    SamplingParams,
-    StepOutput,
-)
+from engine.types import Domain, FinishReason, QueueFull, Request, StepOutput
 
 if TYPE_CHECKING:
     from engine.loading import LoadedEngine
@@ -112,7 +105,7 @@ class Engine:
         """Load the model, compile every bucket, and start the step loop. Takes a while.
 
         Args:
-          config: from `engine.config.load`.
+          config: from `engine.config_file.load`.
           record: file to write the event log to.
           progress: called with (what is being done, done, in all).
 

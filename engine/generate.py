@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, Any, BinaryIO, NamedTuple
 
 import msgspec
 
-from engine.types import SamplingParams
+from engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from engine.llm import LLM, AnyPrompt, Completion

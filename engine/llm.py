@@ -14,12 +14,13 @@ from typing import Any
 
 import numpy as np
 
-from engine import config as config_module
+from engine import config_file
 from engine.config import Config
 from engine.frontend import Engine, ModelInfo, Prompt
+from engine.sampling import InvalidRequest, SamplingParams
 from engine.streams import Delta, Usage
 from engine.text import Message
-from engine.types import FinishReason, InvalidRequest, QueueFull, SamplingParams, TokenLogprobs
+from engine.types import FinishReason, QueueFull, TokenLogprobs
 
 AnyPrompt = str | Sequence[int] | Sequence[dict[str, str]] | Sequence[Message]
 
@@ -77,7 +78,7 @@ class LLM:
           ConfigError, WeightsError: the config or the model's files can't be used.
         """
         if not isinstance(config, Config):
-            config = config_module.load(os.fspath(config), overrides)
+            config = config_file.load(os.fspath(config), overrides)
         return cls(Engine.from_config(config, record=record, progress=progress))
 
     def generate(

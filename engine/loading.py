@@ -28,8 +28,8 @@ from engine.model.sampler import MAX_STOP_IDS
 from engine.runtime import compiles
 from engine.runtime.mesh import make_mesh, weight_shardings
 from engine.runtime.runner import Runner, RunnerShape
+from engine.sampling import MAX_STOP_TOKENS
 from engine.text import Tokenizer
-from engine.types import MAX_STOP_TOKENS
 from engine.weights import Checkpoint, load_params, open_checkpoint, with_kv_copies
 from engine.weights.kv_scales import load_scales, scales_fingerprint
 

@@ -13,8 +13,9 @@ from collections.abc import Sequence
 from typing import TypeGuard, cast
 
 from engine.core.limits import Limits
+from engine.sampling import InvalidRequest, SamplingParams
 from engine.text import Message, Tokenizer, bad_word_ids
-from engine.types import Domain, Fork, InvalidRequest, Request, SamplingParams
+from engine.types import Domain, Fork, Request
 
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
 

@@ -1,7 +1,7 @@
 """The vocabulary: what a request is, what a step is, what comes back.
 
-Everything that crosses a boundary between the files of the engine is defined here, and
-nothing here imports anything of ours. The values are frozen: whoever holds one may keep it.
+Everything that crosses a boundary between the files of the engine is defined here, or in
+`sampling` if a client asks for it. The values are frozen: whoever holds one may keep it.
 
 Shape legend, used in comments and as suffixes of array names (``q_TNH``):
 
@@ -17,24 +17,11 @@ from __future__ import annotations
 
 import dataclasses
 import enum
-import math
 from typing import NamedTuple
 
 import numpy as np
 
-
-class InvalidRequest(ValueError):
-    """A request that can't be served as given.
-
-    Args:
-      field: the name of the offending field, as a client would write it.
-      message: what was given, the limit, and the way out.
-    """
-
-    def __init__(self, field: str, message: str):
-        super().__init__(f"{field}: {message}")
-        self.field = field
-        self.message = message
+from engine.sampling import SamplingParams
 
 
 class QueueFull(RuntimeError):
@@ -65,160 +52,6 @@ class Domain:
 
     tenant: str = "default"
     salt: str = ""
-
-
-# Limits of what one request may ask for. The sampler's device state is sized by them.
-MAX_SAMPLES = 128  # sequences of one prompt
-MAX_LOGPROBS = 20
-MAX_STOP_TOKENS = 16
-MAX_STOP_STRINGS = 16
-MAX_STOP_STRING_CHARS = 256
-MAX_BAD_WORDS = 64  # token sequences, after tokenisation
-MAX_BAD_WORD_TOKENS = 8
-MAX_LOGIT_BIAS = 1024
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class SamplingParams:
-    """How the next token is chosen. Every field is validated on construction.
-
-    Attributes:
-      max_tokens: most tokens to generate; None means up to the model's context.
-      min_tokens: stop tokens are suppressed until this many tokens were generated.
-      temperature: 0 is greedy; otherwise logits are divided by it.
-      top_k: keep the k most likely tokens (and ties with the k-th); 0 keeps all.
-      top_p: keep the smallest set of most likely tokens whose probability reaches top_p.
-      min_p: keep tokens at least min_p times as likely as the most likely one.
-      repetition_penalty: divides positive and multiplies negative logits of tokens in the
-        prompt or the output (Keskar et al., 2019); 1 is off.
-      presence_penalty: subtracted from logits of tokens already generated.
-      frequency_penalty: subtracted once for each time a token was generated.
-      logit_bias: (token id, bias) pairs added to the logits; at most MAX_LOGIT_BIAS.
-      allowed_token_ids: if given, only these tokens can be chosen.
-      bad_words: texts that must not be generated.
-      stop: texts that end the generation; they are not part of the output.
-      stop_token_ids: token ids that end the generation, besides the model's own.
-      ignore_eos: the model's own end-of-sequence tokens don't end the generation.
-      seed: names the draw; None lets the engine choose one.
-      logprobs: None for none; otherwise the chosen token's log-probability and that many of
-        the most likely tokens (0 to MAX_LOGPROBS), before penalties and temperature.
-      prompt_logprobs: the same for each prompt token.
-      skip_special_tokens: leave tokens such as <|im_end|> out of the text.
-      n: independent sequences from the prompt, which share its cache (1 to MAX_SAMPLES). The
-        i-th draws with seed + i.
-    """
-
-    max_tokens: int | None = None
-    min_tokens: int = 0
-    temperature: float = 1.0
-    top_k: int = 0
-    top_p: float = 1.0
-    min_p: float = 0.0
-    repetition_penalty: float = 1.0
-    presence_penalty: float = 0.0
-    frequency_penalty: float = 0.0
-    logit_bias: tuple[tuple[int, float], ...] = ()
-    allowed_token_ids: tuple[int, ...] | None = None
-    bad_words: tuple[str, ...] = ()
-    stop: tuple[str, ...] = ()
-    stop_token_ids: tuple[int, ...] = ()
-    ignore_eos: bool = False
-    seed: int | None = None
-    logprobs: int | None = None
-    prompt_logprobs: int | None = None
-    skip_special_tokens: bool = True
-    n: int = 1
-
-    def __post_init__(self) -> None:
-        _check_range("temperature", self.temperature, 0.0, 100.0)
-        _check_range("top_p", self.top_p, 0.0, 1.0, low_open=True)
-        _check_range("min_p", self.min_p, 0.0, 1.0)
-        _check_range("repetition_penalty", self.repetition_penalty, 0.0, 100.0, low_open=True)
-        _check_range("presence_penalty", self.presence_penalty, -100.0, 100.0)
-        _check_range("frequency_penalty", self.frequency_penalty, -100.0, 100.0)
-        _check_int("n", self.n, 1, MAX_SAMPLES)
-        _check_int("top_k", self.top_k, 0, 2**31 - 1)
-        _check_int("min_tokens", self.min_tokens, 0, 2**31 - 1)
-        if self.max_tokens is not None:
-            _check_int("max_tokens", self.max_tokens, 1, 2**31 - 1)
-            if self.min_tokens > self.max_tokens:
-                raise InvalidRequest(
-                    "min_tokens", f"{self.min_tokens} is above max_tokens ({self.max_tokens})"
-                )
-        for field in ("ignore_eos", "skip_special_tokens"):
-            if not isinstance(value := getattr(self, field), bool):
-                raise InvalidRequest(field, f"{value!r:.80} is neither true nor false")
-        if self.seed is not None:
-            _check_int("seed", self.seed, 0, 2**64 - 1)
-        for field in ("logprobs", "prompt_logprobs"):
-            if (value := getattr(self, field)) is not None:
-                _check_int(field, value, 0, MAX_LOGPROBS)
-        _check_count("stop", self.stop, MAX_STOP_STRINGS)
-        for text in self.stop:
-            if not isinstance(text, str) or not 0 < len(text) <= MAX_STOP_STRING_CHARS:
-                raise InvalidRequest(
-                    "stop",
-                    f"{text!r:.80} must be a text of 1 to {MAX_STOP_STRING_CHARS} characters",
-                )
-        _check_count("stop_token_ids", self.stop_token_ids, MAX_STOP_TOKENS)
-        for token in self.stop_token_ids:
-            _check_int("stop_token_ids", token, 0, 2**31 - 1)
-        _check_count("bad_words", self.bad_words, MAX_BAD_WORDS)
-        for text in self.bad_words:
-            if not isinstance(text, str) or not text:
-                raise InvalidRequest("bad_words", "each must be a text that is not empty")
-        _check_count("logit_bias", self.logit_bias, MAX_LOGIT_BIAS)
-        for entry in self.logit_bias:
-            if not isinstance(entry, tuple) or len(entry) != 2:
-                raise InvalidRequest("logit_bias", f"{entry!r:.80} is not a (token id, bias) pair")
-            _check_int("logit_bias", entry[0], 0, 2**31 - 1)
-            _check_range(f"logit_bias[{entry[0]}]", entry[1], -100.0, 100.0)
-        if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
-            raise InvalidRequest("logit_bias", "names a token twice; give each token once")
-        if self.allowed_token_ids is not None and not isinstance(self.allowed_token_ids, tuple):
-            raise InvalidRequest("allowed_token_ids", "must be a tuple of token ids")
-        if self.allowed_token_ids is not None and not self.allowed_token_ids:
-            raise InvalidRequest(
-                "allowed_token_ids", "is empty, so no token could be chosen; leave it out"
-            )
-
-    @property
-    def is_greedy(self) -> bool:
-        """Whether the most likely token is always taken (temperature 0)."""
-        return self.temperature == 0.0
-
-    @property
-    def edits_logits(self) -> bool:
-        """Whether logits change before the choice, so that even a greedy row needs a pass."""
-        return (
-            self.repetition_penalty != 1.0
-            or self.presence_penalty != 0.0
-            or self.frequency_penalty != 0.0
-            or self.min_tokens > 0
-            or bool(self.logit_bias or self.bad_words)
-            or self.allowed_token_ids is not None
-        )
-
-
-def _check_range(
-    field: str, value: float, low: float, high: float, *, low_open: bool = False
-) -> None:
-    ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
-    if not ok or not (low < value if low_open else low <= value) or value > high:
-        brackets = f"{'(' if low_open else '['}{low:g}, {high:g}]"
-        raise InvalidRequest(field, f"{value!r} is not a number in {brackets}")
-
-
-def _check_int(field: str, value: int, low: int, high: int) -> None:
-    if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-        raise InvalidRequest(field, f"{value!r} is not a whole number in [{low}, {high}]")
-
-
-def _check_count(field: str, values: tuple, limit: int) -> None:
-    if not isinstance(values, tuple):
-        raise InvalidRequest(field, f"must be a tuple, but is a {type(values).__name__}")
-    if len(values) > limit:
-        raise InvalidRequest(field, f"has {len(values)} entries, but at most {limit} are taken")
 
 
 class SamplerRow(NamedTuple):

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
-from engine.config import Architecture, load
+from engine.config import Architecture
+from engine.config_file import load
 
 CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 

@@ -34,7 +34,8 @@ from engine.model.attention import Attention
 from engine.model.decoder import Decoder, abstract_decoder
 from engine.runtime.mesh import make_mesh, weight_shardings
 from engine.runtime.runner import Launched, Runner, RunnerShape
-from engine.types import FinishReason, Request, SamplingParams, StepOutput, StepPlan, TokenLogprobs
+from engine.sampling import SamplingParams
+from engine.types import FinishReason, Request, StepOutput, StepPlan, TokenLogprobs
 from engine.weights import Checkpoint, load_params, open_checkpoint, with_kv_copies
 from engine.weights.kv_scales import read_scales
 

@@ -15,7 +15,8 @@ import pytest
 from engine import calibrate as module
 from engine import loading
 from engine.calibrate import DEFAULT_PROMPTS, MAX_PROMPT_TOKENS, calibrate, read_prompts
-from engine.config import ConfigError, from_tree
+from engine.config import ConfigError
+from engine.config_file import from_tree
 from engine.loading import resolve_attention
 from engine.text import Message
 from engine.weights import open_checkpoint

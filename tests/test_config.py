@@ -15,16 +15,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import (
-    Architecture,
-    Config,
-    ConfigError,
-    RopeScaling,
-    from_tree,
-    load,
-    parse_size,
-    resolve_source,
-)
+from engine.config import Architecture, Config, ConfigError, RopeScaling, resolve_source
+from engine.config_file import from_tree, load, parse_size
 
 ROPE_SCALING = {
     "factor": 8.0,

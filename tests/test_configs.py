@@ -10,7 +10,8 @@ from pathlib import Path
 
 import pytest
 
-from engine.config import Architecture, Config, load
+from engine.config import Architecture, Config
+from engine.config_file import load
 from engine.memory_plan import MemoryPlan, plan
 from tests.architectures import SMOLLM2_135M
 

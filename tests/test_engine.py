@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from engine.config import from_tree
+from engine.config_file import from_tree
 from engine.core.limits import Limits
 from engine.frontend import Delta, Engine, EngineStopped, Prompt
 from engine.loading import LoadedEngine, load_engine
 from engine.runtime.event_log import replay
+from engine.sampling import InvalidRequest, SamplingParams
 from engine.text import Message
-from engine.types import Domain, FinishReason, InvalidRequest, QueueFull, SamplingParams
+from engine.types import Domain, FinishReason, QueueFull
 from tests.runtime import tiny
 from tests.runtime.tiny import random_ids
 

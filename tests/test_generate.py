@@ -13,7 +13,8 @@ import pytest
 from engine.frontend import Usage
 from engine.generate import Line, LineError, generate_file, parse_line, read_lines
 from engine.llm import LLM, Completion
-from engine.types import FinishReason, InvalidRequest, SamplingParams, TokenLogprobs
+from engine.sampling import InvalidRequest, SamplingParams
+from engine.types import FinishReason, TokenLogprobs
 
 
 def line(**fields: Any) -> bytes:

@@ -13,8 +13,9 @@ import pytest
 from engine.frontend import Engine, EngineStopped
 from engine.llm import LLM, Completion, as_prompt
 from engine.loading import LoadedEngine
+from engine.sampling import InvalidRequest, SamplingParams
 from engine.text import Message
-from engine.types import FinishReason, InvalidRequest, SamplingParams
+from engine.types import FinishReason
 from tests.runtime import tiny
 from tests.runtime.tiny import random_ids
 

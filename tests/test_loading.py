@@ -15,7 +15,8 @@ import numpy as np
 import pytest
 
 from engine import loading
-from engine.config import Backend, ConfigError, from_tree
+from engine.config import Backend, ConfigError
+from engine.config_file import from_tree
 from engine.core.block_keys import child_key, root_key
 from engine.core.limits import Limits
 from engine.loading import (
@@ -27,8 +28,9 @@ from engine.loading import (
     use_compile_cache,
 )
 from engine.runtime.runner import Runner
+from engine.sampling import MAX_STOP_TOKENS
 from engine.text import TokenizerError
-from engine.types import MAX_STOP_TOKENS, Domain
+from engine.types import Domain
 from engine.weights import WeightsError
 from engine.weights.kv_scales import encode_scales
 from tests.runtime import tiny

@@ -17,7 +17,8 @@ from rich.console import Console
 from safetensors import safe_open
 
 from engine import memory_plan
-from engine.config import Architecture, Config, ConfigError, from_tree, load
+from engine.config import Architecture, Config, ConfigError
+from engine.config_file import from_tree, load
 from engine.memory_plan import kv_bytes_per_token, num_parameters, plan, weights
 from engine.plan_tables import render
 from tests.architectures import CONFIGS, LLAMA_8B, LLAMA_70B, QWEN3_8B, SMOLLM2_135M

@@ -16,15 +16,8 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from engine import memory_plan
-from engine.config import (
-    Architecture,
-    AttentionConfig,
-    Backend,
-    CacheDtype,
-    Config,
-    MeshConfig,
-    from_tree,
-)
+from engine.config import Architecture, AttentionConfig, Backend, CacheDtype, Config, MeshConfig
+from engine.config_file import from_tree
 from engine.model import decoder, sampler
 from engine.runtime import mesh as engine_mesh
 from engine.weights import with_kv_copies

@@ -9,8 +9,9 @@ import pytest
 
 from engine.core.limits import Limits
 from engine.resolve import QUICK_CHARS, Resolver, deadline_after, is_quick
+from engine.sampling import InvalidRequest, SamplingParams
 from engine.text import Message, Tokenizer
-from engine.types import Domain, InvalidRequest, Request, SamplingParams
+from engine.types import Domain, Request
 from tests.runtime import tiny
 
 LIMITS = Limits(num_blocks=8, block_size=16, max_num_seqs=2, max_step_tokens=16, max_model_len=32)

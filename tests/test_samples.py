@@ -12,13 +12,14 @@ from typing import Any
 
 import pytest
 
-from engine.config import from_tree
+from engine.config_file import from_tree
 from engine.frontend import Engine
 from engine.llm import LLM
 from engine.loading import LoadedEngine, load_engine
 from engine.runtime.event_log import replay
+from engine.sampling import InvalidRequest, SamplingParams
 from engine.streams import Delta
-from engine.types import FinishReason, InvalidRequest, QueueFull, SamplingParams
+from engine.types import FinishReason, QueueFull
 from tests.runtime import tiny
 from tests.test_engine import assert_idle, until_idle, with_limits
 

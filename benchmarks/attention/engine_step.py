@@ -15,8 +15,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from benchmarks.attention.timing import Ceilings, Timing, available_bytes, measure
-from engine import config as config_module
-from engine import memory_plan
+from engine import config_file, memory_plan
 from engine.config import Architecture, MeshConfig
 from engine.core import batching
 from engine.core.batching import Bucket
@@ -24,7 +23,8 @@ from engine.model.attention import Attention, Shape, check_supported, resolve_ba
 from engine.model.decoder import abstract_decoder
 from engine.runtime.mesh import make_mesh, weight_shardings
 from engine.runtime.runner import Runner, RunnerShape
-from engine.types import PlanRow, Request, SamplingParams, StepPlan
+from engine.sampling import SamplingParams
+from engine.types import PlanRow, Request, StepPlan
 
 TARGET = 1.25  # times the streaming time
 PROMPT_TOKENS = 2048  # of one step that fills the cache
@@ -105,7 +105,7 @@ def architecture(model: str) -> Architecture:
     """One of `MODELS`."""
     if model in _SMALL:
         return _SMALL[model]
-    found = config_module.load(_CONFIGS / "llama3-8b-v5e-8.yaml").model.architecture
+    found = config_file.load(_CONFIGS / "llama3-8b-v5e-8.yaml").model.architecture
     assert found is not None
     return found
 

@@ -58,7 +58,8 @@ def kernel(case: Case, topology: str, backend: Backend) -> Outcome:
 def program(path: Path, topology: str, which: int, backend: Backend) -> Outcome:
     """Compile the largest decode step (0) or prefill step (1) of a config."""
     from engine.aot import programs
-    from engine.config import ConfigError, load
+    from engine.config import ConfigError
+    from engine.config_file import load
     from engine.weights import WeightsError
 
     name = f"{path.stem} on {topology}, {('decode', 'prefill')[which]}"

@@ -63,9 +63,9 @@ def measure_engine(
     progress: Callable[[str, int, int], None] | None = None,
 ) -> int:
     """Measure an engine in this process; returns the exit code."""
-    from engine import config as config_module
+    from engine import config_file
 
-    config = config_module.load(config_path, overrides)
+    config = config_file.load(config_path, overrides)
     make_items = setup.read()
 
     from engine.bench import machine

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from engine.types import SamplingParams
+from engine.sampling import SamplingParams
 
 if TYPE_CHECKING:
     from engine.llm import AnyPrompt

@@ -16,9 +16,9 @@ from engine.core.block_pool import PoolCounts
 from engine.core.core import Core, Holding
 from engine.core.limits import MAX_INT32, Limits
 from engine.core.sequences import Sequence
+from engine.sampling import InvalidRequest
 from engine.types import (
     FinishReason,
-    InvalidRequest,
     QueueFull,
     Request,
     StepOutput,

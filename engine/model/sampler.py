@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 
 from engine.core.batching import Array, SamplingBatch
-from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGPROBS
+from engine.sampling import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGPROBS
 
 MAX_STOP_IDS = 32  # a request's stop tokens and the model's own
 BANNED = -1e30  # finite, so that a row whose every token is banned still has a softmax

@@ -24,7 +24,8 @@ from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
 from engine.runtime.event_log import Recorder
 from engine.runtime.runner import Launched, Runner
-from engine.types import FinishReason, InvalidRequest, QueueFull, Request, StepOutput, StepPlan
+from engine.sampling import InvalidRequest
+from engine.types import FinishReason, QueueFull, Request, StepOutput, StepPlan
 
 log = logging.getLogger(__name__)
 

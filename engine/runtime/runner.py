@@ -23,15 +23,8 @@ from engine.runtime.block_copies import BlockCopier
 from engine.runtime.host_pool import HostPool, Outgoing
 from engine.runtime.mesh import kv_scales_sharding, replicated
 from engine.runtime.step import RunnerShape, Step
-from engine.types import (
-    MAX_BAD_WORD_TOKENS,
-    MAX_BAD_WORDS,
-    PlanRow,
-    Request,
-    StepPlan,
-    StepTokens,
-    TokenLogprobs,
-)
+from engine.sampling import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
+from engine.types import PlanRow, Request, StepPlan, StepTokens, TokenLogprobs
 
 
 class Launched:

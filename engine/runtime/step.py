@@ -21,7 +21,7 @@ from engine.model import sampler
 from engine.model.attention import Attention, Ragged, kv_pool_dtype, kv_pool_shape
 from engine.model.decoder import Decoder
 from engine.runtime.mesh import kv_pool_sharding, replicated
-from engine.types import MAX_LOGPROBS
+from engine.sampling import MAX_LOGPROBS
 
 PROMPT_LOGPROB_ROWS = 16  # prompt positions whose logits are computed at a time
 

@@ -16,16 +16,15 @@ from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.unknown_fields import UnknownFieldSet
 
 from engine.rpc.octavo.v1 import generation_pb2 as pb
-from engine.types import (
+from engine.sampling import (
     MAX_BAD_WORDS,
     MAX_LOGIT_BIAS,
     MAX_STOP_STRINGS,
     MAX_STOP_TOKENS,
-    FinishReason,
     InvalidRequest,
     SamplingParams,
-    TokenLogprobs,
 )
+from engine.types import FinishReason, TokenLogprobs
 
 if TYPE_CHECKING:
     from engine.frontend import Delta, EngineStats, ModelInfo, Prompt

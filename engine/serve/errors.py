@@ -17,7 +17,8 @@ from google.protobuf.message import DecodeError
 from google.rpc import error_details_pb2, status_pb2
 
 from engine.rpc.octavo.v1 import generation_pb2 as pb
-from engine.types import InvalidRequest, QueueFull
+from engine.sampling import InvalidRequest
+from engine.types import QueueFull
 
 log = logging.getLogger("octavo.serve")
 

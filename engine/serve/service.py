@@ -18,9 +18,10 @@ import grpc.aio
 
 from engine import __version__
 from engine.rpc.octavo.v1 import generation_pb2 as pb
+from engine.sampling import InvalidRequest
 from engine.serve import convert
 from engine.serve.errors import Refused
-from engine.types import Domain, FinishReason, InvalidRequest
+from engine.types import Domain, FinishReason
 
 if TYPE_CHECKING:
     from engine.frontend import Delta, Engine

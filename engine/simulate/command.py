@@ -13,7 +13,7 @@ from typing import Annotated
 from cyclopts import Parameter
 from rich.console import Console
 
-from engine.config import parse_size
+from engine.config_file import parse_size
 from engine.core.limits import Allocator, Limits
 from engine.progress import ProgressBar
 from engine.simulate.cost import DEVICES, CostModel

@@ -17,10 +17,11 @@ import numpy as np
 from engine.core import scheduler
 from engine.core.limits import Allocator, Limits
 from engine.core.scheduler import SchedulerState
+from engine.sampling import InvalidRequest, SamplingParams
 from engine.simulate.cost import CostModel
 from engine.simulate.samples import Sample, take_sample
 from engine.simulate.stream import LAST_TURN, Stream
-from engine.types import InvalidRequest, PlanRow, Request, SamplingParams, StepTokens
+from engine.types import PlanRow, Request, StepTokens
 
 ALLOCATORS: tuple[Allocator, ...] = get_args(Allocator)
 SAMPLE_STEPS = 16

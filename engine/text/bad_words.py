@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import TYPE_CHECKING
 
-from engine.types import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, InvalidRequest
+from engine.sampling import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, InvalidRequest
 
 if TYPE_CHECKING:
     from engine.text.tokenizer import Tokenizer

@@ -24,8 +24,8 @@ from typing import NamedTuple
 
 from jinja2 import nodes
 
+from engine.sampling import InvalidRequest
 from engine.text.template_sandbox import TemplateFailure, TemplateSandbox
-from engine.types import InvalidRequest
 
 ROLES = ("system", "developer", "user", "assistant", "tool", "function", "ipython")
 MAX_TEMPLATE_CHARACTERS = 2**20

@@ -14,11 +14,11 @@ from typing import Any
 import tokenizers
 from tokenizers import AddedToken
 
+from engine.sampling import InvalidRequest
 from engine.text import gguf_vocabulary
 from engine.text.chat_template import ChatTemplate, TemplateFailure
 from engine.text.detokenizer import Detokenizer
 from engine.text.token_bytes import TokenBytes, TokenizerError, id_to_token
-from engine.types import InvalidRequest
 
 __all__ = ["Tokenizer", "TokenizerError"]
 

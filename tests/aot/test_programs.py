@@ -12,7 +12,8 @@ import pytest
 from engine.aot import programs
 from engine.aot.hlo import Collectives
 from engine.aot.programs import Program
-from engine.config import Config, ConfigError, from_tree
+from engine.config import Config, ConfigError
+from engine.config_file import from_tree
 from engine.core.batching import Bucket
 from engine.loading import load_engine
 from engine.memory_plan import plan

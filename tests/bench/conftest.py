@@ -10,7 +10,7 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from engine import config as config_module
+from engine import config_file
 from engine.frontend import Engine
 
 VOCAB_SIZE = 128
@@ -54,6 +54,6 @@ def tiny_config(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> 
 
 @pytest.fixture(scope="session")
 def tiny_engine(tiny_config: Path) -> Iterator[Engine]:
-    engine = Engine.from_config(config_module.load(tiny_config))
+    engine = Engine.from_config(config_file.load(tiny_config))
     yield engine
     engine.close()

@@ -7,7 +7,8 @@ import pytest
 
 from engine.bench.drive import Driven, Piece, drive
 from engine.bench.workload import Item, Load
-from engine.types import FinishReason, SamplingParams
+from engine.sampling import SamplingParams
+from engine.types import FinishReason
 
 EXACTLY_3 = SamplingParams(max_tokens=3, ignore_eos=True)
 

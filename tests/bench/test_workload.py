@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from engine.bench.workload import Item, Load, Synthetic, WorkloadError, read_workload
-from engine.types import SamplingParams
+from engine.sampling import SamplingParams
 from tests.conftest import ROOT
 
 

@@ -11,15 +11,8 @@ from typing import Any
 from engine.core import scheduler
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
-from engine.types import (
-    FinishReason,
-    PlanRow,
-    Request,
-    SamplingParams,
-    StepOutput,
-    StepPlan,
-    StepTokens,
-)
+from engine.sampling import SamplingParams
+from engine.types import FinishReason, PlanRow, Request, StepOutput, StepPlan, StepTokens
 
 
 def make_limits(**changes: Any) -> Limits:

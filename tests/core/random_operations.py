@@ -9,7 +9,8 @@ import random
 from collections import Counter
 
 from engine.core.limits import Limits
-from engine.types import Domain, FinishReason, Fork, Request, SamplingParams
+from engine.sampling import SamplingParams
+from engine.types import Domain, FinishReason, Fork, Request
 from tests.core.oracle import VOCABULARY
 from tests.core.simulation import Simulation
 

@@ -20,10 +20,10 @@ from engine.core import scheduler
 from engine.core.block_pool import BlockPool
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState, StaleState
+from engine.sampling import InvalidRequest
 from engine.types import (
     Domain,
     FinishReason,
-    InvalidRequest,
     PlanRow,
     QueueFull,
     Request,

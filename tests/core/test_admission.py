@@ -13,7 +13,8 @@ import numpy as np
 import pytest
 
 from engine.core.forecast import LEAST, MEMORY, MOMENTS, SPREAD, OutputLengths
-from engine.types import BlockCopy, Fork, InvalidRequest
+from engine.sampling import InvalidRequest
+from engine.types import BlockCopy, Fork
 from tests.core.driver import Driver, make_request, rows_of
 
 

@@ -13,7 +13,8 @@ from hypothesis import strategies as st
 
 from engine.config import BucketConfig, SchedulerConfig
 from engine.core.batching import Batch, Bucket, bucket_set, build, choose_bucket, empty
-from engine.types import PlanRow, Request, SamplingParams, StepPlan
+from engine.sampling import SamplingParams
+from engine.types import PlanRow, Request, StepPlan
 from tests.core.driver import Driver, make_request
 
 SINK = 99

@@ -11,13 +11,8 @@ import pytest
 from engine.core import scheduler
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState, StaleState
-from engine.types import (
-    Domain,
-    InvalidRequest,
-    QueueFull,
-    StepPlan,
-    StepTokens,
-)
+from engine.sampling import InvalidRequest
+from engine.types import Domain, QueueFull, StepPlan, StepTokens
 from tests.core.driver import Driver, make_limits, make_request
 
 # What is refused.

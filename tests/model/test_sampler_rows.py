@@ -14,7 +14,8 @@ from engine.core import batching
 from engine.core.batching import Bucket
 from engine.model import sampler
 from engine.runtime import runner
-from engine.types import MAX_LOGPROBS, Request
+from engine.sampling import MAX_LOGPROBS
+from engine.types import Request
 from tests.conftest import DATA
 from tests.engines import Result, make_request, small_engine
 from tests.model.sampler_bench import (

@@ -17,9 +17,10 @@ import pytest
 import tokenizers
 from tokenizers import decoders, models, pre_tokenizers
 
-from engine.config import from_tree
+from engine.config_file import from_tree
 from engine.frontend import Engine
-from engine.types import Domain, FinishReason, Fork, Request, SamplingParams, TokenLogprobs
+from engine.sampling import SamplingParams
+from engine.types import Domain, FinishReason, Fork, Request, TokenLogprobs
 from tests.conftest import DATA
 from tests.engines import Result, make_request, small_engine
 

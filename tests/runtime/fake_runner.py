@@ -16,7 +16,8 @@ from engine.core.batching import Batch, bucket_set
 from engine.core.limits import Limits
 from engine.runtime.loop import EngineLoop, News, Rejected
 from engine.runtime.runner import RunnerShape
-from engine.types import InvalidRequest, QueueFull, Request, StepPlan, StepTokens
+from engine.sampling import InvalidRequest
+from engine.types import QueueFull, Request, StepPlan, StepTokens
 from tests.engines import Result
 
 LIMITS = Limits(

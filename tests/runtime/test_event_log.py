@@ -13,7 +13,8 @@ from typing import Any
 import pytest
 
 from engine.runtime.event_log import MAX_BLOCKS, LogError, Recorder, replay
-from engine.types import Domain, FinishReason, SamplingParams
+from engine.sampling import SamplingParams
+from engine.types import Domain, FinishReason
 from tests.core.driver import make_limits, make_request
 from tests.core.random_operations import LIMITS, draw, perform_random
 from tests.core.random_operations import make_limits as random_limits

@@ -18,7 +18,8 @@ from engine.runtime import compiles, loop
 from engine.runtime.event_log import replay
 from engine.runtime.loop import EngineLoop, EngineStopped, StepRecord
 from engine.runtime.runner import Launched
-from engine.types import FinishReason, InvalidRequest, QueueFull, StepPlan, StepTokens
+from engine.sampling import InvalidRequest
+from engine.types import FinishReason, QueueFull, StepPlan, StepTokens
 from tests.engines import SmallEngine, make_request, small_engine
 from tests.runtime.fake_runner import (
     LIMITS,

@@ -12,7 +12,8 @@ from engine.core import batching
 from engine.core.limits import Limits
 from engine.runtime import compiles
 from engine.runtime.step import PROMPT_LOGPROB_ROWS
-from engine.types import MAX_LOGPROBS, StepPlan
+from engine.sampling import MAX_LOGPROBS
+from engine.types import StepPlan
 from tests.engines import Result, SmallEngine, make_request, small_engine
 from tests.runtime.tiny import VOCAB_SIZE, make_runner, random_ids
 

@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 
 from engine.config import BucketConfig, SchedulerConfig
-from engine.types import Fork, Request, SamplingParams, StepPlan
+from engine.sampling import SamplingParams
+from engine.types import Fork, Request, StepPlan
 from tests.engines import Result, SmallEngine, make_request, small_engine
 from tests.runtime.tiny import random_ids
 

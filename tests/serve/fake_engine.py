@@ -15,7 +15,8 @@ from typing import Any
 
 from engine.config import Architecture
 from engine.frontend import Delta, Engine, EngineStats, ModelInfo, Prompt, Usage
-from engine.types import Domain, FinishReason, SamplingParams, TokenLogprobs
+from engine.sampling import SamplingParams
+from engine.types import Domain, FinishReason, TokenLogprobs
 
 VOCAB_SIZE = 258
 BOS, EOS = 256, 257

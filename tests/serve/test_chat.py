@@ -13,9 +13,10 @@ import pytest
 
 from engine.chat import chat
 from engine.config import ServerConfig
+from engine.sampling import InvalidRequest, SamplingParams
 from engine.serve import convert
 from engine.serve.server import Server, background_loop
-from engine.types import FinishReason, InvalidRequest, SamplingParams
+from engine.types import FinishReason
 from tests.conftest import ROOT
 from tests.serve.fake_engine import FakeEngine, until_true
 

@@ -14,9 +14,10 @@ from engine.config import ServerConfig
 from engine.frontend import EngineStopped
 from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.rpc.octavo.v1 import generation_pb2_grpc
+from engine.sampling import InvalidRequest
 from engine.serve import convert
 from engine.serve.server import Server
-from engine.types import FinishReason, InvalidRequest, QueueFull
+from engine.types import FinishReason, QueueFull
 from tests.serve.fake_engine import VOCAB_SIZE, FakeEngine, until
 
 INVALID = grpc.StatusCode.INVALID_ARGUMENT

@@ -12,10 +12,11 @@ from google.protobuf.descriptor import FieldDescriptor
 from engine.client import AsyncClient, ServiceError
 from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.rpc.octavo.v1 import generation_pb2_grpc
+from engine.sampling import InvalidRequest, SamplingParams
 from engine.serve import convert
 from engine.serve.server import Server
 from engine.text import Message
-from engine.types import Domain, InvalidRequest, SamplingParams
+from engine.types import Domain
 from tests.serve.fake_engine import BOS, VOCAB_SIZE, FakeEngine
 
 SAMPLING_FIELDS = list(pb.SamplingParams.DESCRIPTOR.fields)

@@ -15,9 +15,10 @@ from engine import frontend
 from engine.client import AsyncClient, Delta, ServiceError
 from engine.config import ServerConfig
 from engine.rpc.octavo.v1 import generation_pb2 as pb
+from engine.sampling import SamplingParams
 from engine.serve import convert
 from engine.serve.server import Server
-from engine.types import FinishReason, SamplingParams, TokenLogprobs
+from engine.types import FinishReason, TokenLogprobs
 from tests.conftest import ROOT
 from tests.serve.fake_engine import FakeEngine, collect, until
 

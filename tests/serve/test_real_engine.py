@@ -21,7 +21,7 @@ from tests.serve.fake_engine import collect
 
 SERVE = """
 import sys
-from engine.config import load
+from engine.config_file import load
 from engine.serve.server import run_server
 sys.exit(run_server(load(sys.argv[1], sys.argv[2:])))
 """

@@ -11,11 +11,12 @@ import pytest
 from engine.core import scheduler
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
+from engine.sampling import SamplingParams
 from engine.simulate.cost import DEVICES, CostModel
 from engine.simulate.report import Shares, figures, summary
 from engine.simulate.run import ALLOCATORS, Allocator, Outcome, run
 from engine.simulate.stream import LAST_TURN, Stream, sharegpt_like
-from engine.types import Request, SamplingParams, StepTokens
+from engine.types import Request, StepTokens
 
 SECOND_A_STEP = CostModel(
     name="test",

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import pytest
 
+from engine.sampling import MAX_BAD_WORDS, InvalidRequest
 from engine.text import Tokenizer, bad_word_ids
-from engine.types import MAX_BAD_WORDS, InvalidRequest
 
 
 def test_a_word_is_banned_at_the_start_and_after_a_space(smollm2: Tokenizer):

@@ -12,10 +12,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.sampling import InvalidRequest
 from engine.text import ChatTemplate, Message, Tokenizer
 from engine.text.chat_template import MAX_TEMPLATE_CHARACTERS, ROLES
 from engine.text.template_sandbox import TemplateFailure
-from engine.types import InvalidRequest
 
 CONTROL = {"<s>": 0, "<|im_start|>": 1, "<|im_end|>": 2, "<|user|>": 3, "<|assistant|>": 4}
 CONTROL |= {"<|end|>": 5, "<|system|>": 6}

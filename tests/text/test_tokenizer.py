@@ -13,9 +13,9 @@ import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from engine.sampling import InvalidRequest
 from engine.text import Tokenizer, TokenizerError
 from engine.text.gguf_vocabulary import MAX_PIECE_CHARACTERS
-from engine.types import InvalidRequest
 
 GOLDENS = json.loads((Path(__file__).parents[1] / "data" / "smollm2_greedy.json").read_text())
 

@@ -12,7 +12,8 @@ import numpy as np
 import pytest
 from safetensors.numpy import save
 
-from engine.config import CacheDtype, ConfigError, from_tree
+from engine.config import CacheDtype, ConfigError
+from engine.config_file import from_tree
 from engine.weights.kv_scales import (
     LARGEST,
     encode_scales,
