@@ -139,6 +139,7 @@ def calibrate(
         dataclasses.replace(limits, max_model_len=2**31 - 1),  # long prompts are cut below
         loaded.architecture.vocab_size,
         loaded.eos_token_ids,
+        config.cache,
     )
     if prompts is None:
         prompts = _default_prompts(loaded.tokenizer)

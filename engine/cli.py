@@ -156,6 +156,31 @@ def plan(
 
 
 @app.command
+def flush(*, address: str = "127.0.0.1:50051", cache_salt: str = "") -> int:
+    """Have a server forget what your requests left in its cache.
+
+    Args:
+      address: host:port of the server.
+      cache_salt: that of the requests; without it, those that had none.
+    """
+    import asyncio
+
+    from engine.client import AsyncClient, ServiceError
+
+    async def run() -> int:
+        async with AsyncClient(address) as client:
+            return await client.flush(cache_salt or None)
+
+    try:
+        blocks = asyncio.run(run())
+    except ServiceError as error:
+        print(f"octavo: {error.details}", file=sys.stderr)
+        return 1
+    print(f"{blocks} cached blocks were given up; what running requests hold goes when they end")
+    return 0
+
+
+@app.command
 def calibrate(
     *,
     config: ConfigPath,

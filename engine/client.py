@@ -193,6 +193,15 @@ class AsyncClient:
         """What the engine is doing, and counts since it started; see the proto file."""
         return await self._await(self._stub().GetStats(pb.GetStatsRequest()))
 
+    async def flush(self, cache_salt: str | None = None) -> int:
+        """Forget what requests of that salt left in the server's cache.
+
+        Returns how many blocks were given up; what running requests hold goes when they end.
+        """
+        with convert.unsendable_as_invalid():
+            request = pb.FlushCacheRequest(**_given(cache_salt=cache_salt))
+        return (await self._await(self._stub().FlushCache(request))).blocks
+
     async def abort(self, request_id: str) -> bool:
         """End a request, from whichever client. Returns whether it was running."""
         request = pb.AbortRequest(request_id=request_id)

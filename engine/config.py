@@ -17,6 +17,7 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 CACHE_DTYPE_BYTES = {**DTYPE_BYTES, "float8_e4m3fn": 1, "int8": 1}
 Dtype = Literal["float32", "bfloat16"]
 CacheDtype = Literal["float32", "bfloat16", "float8_e4m3fn", "int8"]
+MAX_TIME_TO_LIVE = 10 * 366 * 24 * 3600  # seconds
 Backend = Literal["auto", "tpu", "gpu", "xla", "reference"]
 
 
@@ -126,6 +127,12 @@ class CacheConfig:
         it, float8_e4m3fn holds values as they are. A relative path starts at the config
         file's folder.
       prefix_reuse: whether finished blocks are kept for requests with the same prefix.
+      time_to_live: seconds after which what a request leaves is erased if nobody uses it; 0: it
+        stays until its place is needed.
+      tenant_time_to_live: the same for single tenants.
+      public_prefixes: files with the beginnings of prompts that every domain may share: texts, or
+        chats in .json. Their blocks are computed at the start and kept; nothing in them is
+        secret. Relative paths start at the config file's folder.
       host_memory: bytes of the host's memory for blocks that had to leave the pool: they come
         back by a transfer where they would be computed again. 0: none.
     """
@@ -136,7 +143,14 @@ class CacheConfig:
     dtype: CacheDtype | None = None
     scales: str = ""
     prefix_reuse: bool = True
+    time_to_live: int = 0
+    tenant_time_to_live: dict[str, int] = dataclasses.field(default_factory=dict)
+    public_prefixes: tuple[str, ...] = ()
     host_memory: int = 0
+
+    def milliseconds_to_live(self, tenant: str) -> int:
+        """How long what a tenant's requests leave may stay unused; 0: without limit."""
+        return 1000 * self.tenant_time_to_live.get(tenant, self.time_to_live)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -236,6 +250,11 @@ def resolve_scales(config: Config) -> Path | None:
     return _beside(config, config.cache.scales) if config.cache.scales else None
 
 
+def resolve_public_prefixes(config: Config) -> list[Path]:
+    """The files of `cache.public_prefixes`, taken from the config file's folder."""
+    return [_beside(config, path) for path in config.cache.public_prefixes]
+
+
 def _beside(config: Config, path: str) -> Path:
     """A path in a config: a relative one starts at the config file's folder."""
     expanded = Path(path).expanduser()
@@ -269,6 +288,18 @@ def _check(config: Config) -> None:
         )
     if cache.host_memory < 0:
         raise ConfigError(f"cache.host_memory is {cache.host_memory}; it must be at least 0")
+    times = {"cache.time_to_live": cache.time_to_live} | {
+        f"cache.tenant_time_to_live.{name}": time
+        for name, time in cache.tenant_time_to_live.items()
+    }
+    for key, seconds in times.items():
+        if not 0 <= seconds <= MAX_TIME_TO_LIVE:
+            raise ConfigError(f"{key} is {seconds}; it must be 0 to {MAX_TIME_TO_LIVE} seconds")
+    if cache.public_prefixes and not cache.prefix_reuse:
+        raise ConfigError(
+            "cache.public_prefixes are blocks that requests reuse; turn cache.prefix_reuse on or "
+            "leave them out"
+        )
     if cache.host_memory and not cache.prefix_reuse:
         raise ConfigError(
             "cache.host_memory keeps blocks by what they hold, which takes cache.prefix_reuse; "

@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import os
+import queue
 import secrets
 import threading
 import time
@@ -19,9 +20,11 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from engine.config import Architecture, Config
+from engine.config import Architecture, Config, ConfigError
+from engine.public_prefixes import PUBLIC_PREFIX, read_public_prefixes
 from engine.resolve import Prompt, Resolver, deadline_after, is_quick
-from engine.runtime.loop import EngineLoop, EngineStopped, News, Rejected, StepRecord
+from engine.runtime.figures import StepRecord
+from engine.runtime.loop import EngineLoop, EngineStopped, News, Rejected
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.streams import Delta, Stream, Usage
 from engine.types import Domain, FinishReason, QueueFull, Request, StepOutput
@@ -60,6 +63,7 @@ class EngineStats:
     prompt_tokens: int
     generated_tokens: int
     cached_prompt_tokens: int
+    pinned_blocks: int
     preemptions: int
     copied_blocks: int
     swapped_out_blocks: int
@@ -76,7 +80,12 @@ class EngineStats:
 class Engine:
     """A loaded model that generates. Make one with `from_config`; close it when done."""
 
-    def __init__(self, loaded: LoadedEngine, record: str | None = None):
+    def __init__(
+        self,
+        loaded: LoadedEngine,
+        record: str | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+    ):
         self.tokenizer = loaded.tokenizer
         self.config = loaded.config
         self._loaded = loaded
@@ -85,6 +94,7 @@ class Engine:
             loaded.limits,
             loaded.architecture.vocab_size,
             loaded.eos_token_ids,
+            loaded.config.cache,
         )
         self._streams: dict[str, Stream] = {}
         self._lock = threading.Lock()
@@ -92,7 +102,13 @@ class Engine:
         self._started = time.monotonic()
         self._text_threads = ThreadPoolExecutor(2, thread_name_prefix="octavo-text")
         self._num_long_texts = 0
+        self._public: queue.SimpleQueue[StepOutput | Rejected] = queue.SimpleQueue()
         self._loop = EngineLoop(loaded.runner, loaded.limits, self._deliver, record)
+        try:
+            self._compute_public_prefixes(progress)
+        except BaseException:
+            self.close()
+            raise
 
     @classmethod
     def from_config(
@@ -117,7 +133,7 @@ class Engine:
 
         if record is not None:  # find out early whether it can be written: loading takes long
             os.close(os.open(record, os.O_WRONLY | os.O_CREAT, 0o600))
-        return cls(load_engine(config, progress), record)
+        return cls(load_engine(config, progress), record, progress)
 
     async def generate(
         self,
@@ -200,6 +216,16 @@ class Engine:
                     self._loop.abort(stream.key_of(index))
         return stream is not None
 
+    async def flush(self, domain: Domain | None) -> int:
+        """Forget what a domain's requests left in the cache, or with None all but what is public.
+
+        It is erased, in the tiers below too; what running requests hold of it, when they end.
+
+        Returns:
+          How many blocks that nobody held were given up.
+        """
+        return await asyncio.wrap_future(self._loop.flush(domain))
+
     @property
     def is_alive(self) -> bool:
         """Whether the step loop runs; if it failed, the log says why."""
@@ -234,6 +260,7 @@ class Engine:
             prompt_tokens=totals.prompt_tokens,
             generated_tokens=totals.generated_tokens,
             cached_prompt_tokens=totals.cached_prompt_tokens,
+            pinned_blocks=self._loop.num_pinned_blocks,
             preemptions=totals.preemptions,
             copied_blocks=totals.copied_blocks,
             swapped_out_blocks=totals.swapped_out_blocks,
@@ -255,6 +282,22 @@ class Engine:
         """Abort what is running and stop the step loop."""
         self._loop.close()
         self._text_threads.shutdown(wait=False)
+
+    def _compute_public_prefixes(self, progress: Callable[[str, int, int], None] | None) -> None:
+        """Put the operator's public prefixes into the cache, before anybody else is served."""
+        requests = list(read_public_prefixes(self.config, self.tokenizer))
+        for done, request in enumerate(requests):
+            if progress:
+                progress("Computing public prefixes", done, len(requests))
+            self._loop.submit(request)
+            news = self._public.get()
+            if isinstance(news, Rejected):
+                path = self.config.cache.public_prefixes[done]
+                raise ConfigError(f"cache.public_prefixes: {path}: {news.error}")
+            if news.finish_reason is FinishReason.ERROR:
+                raise EngineStopped("the step that computed a public prefix failed; see the log")
+        if progress and requests:
+            progress("Computing public prefixes", len(requests), len(requests))
 
     async def _on_thread(self, resolve: Callable[[], Request]) -> Request:
         """Resolve a long text while other streams go on.
@@ -296,6 +339,9 @@ class Engine:
         by_loop: dict[asyncio.AbstractEventLoop, list[_Item]] = {}
         with self._lock:
             for item in news:
+                if item.request_id.startswith(PUBLIC_PREFIX):
+                    self._public.put(item)
+                    continue
                 stream = self._streams.get(Stream.name_of(item.request_id))
                 if stream is None or (index := stream.index_of(item.request_id)) is None:
                     continue

@@ -12,6 +12,7 @@ import secrets
 from collections.abc import Sequence
 from typing import TypeGuard, cast
 
+from engine.config import CacheConfig
 from engine.core.limits import Limits
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.text import Message, Tokenizer, bad_word_ids
@@ -32,6 +33,7 @@ class Resolver:
     limits: Limits
     vocab_size: int
     eos_token_ids: tuple[int, ...]
+    cache: CacheConfig
 
     def resolve(
         self,
@@ -80,6 +82,7 @@ class Resolver:
             domain=domain,
             priority=priority,
             deadline=deadline,
+            cache_ttl=self.cache.milliseconds_to_live(domain.tenant),
             forks=tuple(
                 Fork(f"{request_id}.{index}", (seed + index) % 2**64)
                 for index in range(1, sampling.n)

@@ -92,6 +92,9 @@ class Request:
       bad_word_ids: token sequences that must not be generated.
       domain: who may share blocks with it.
       priority: lower runs first; ties go by arrival.
+      cache_ttl: milliseconds after which what it leaves in the cache is erased if nobody uses it;
+        0: it stays until its place is needed.
+      is_public: an operator's prompt, whose blocks are kept for every domain.
       deadline: time.monotonic() seconds at which the loop aborts it, or None. The scheduler
         has no clock and doesn't read it.
       forks: further sequences that part from this one where the prompt ends, and share its
@@ -109,6 +112,8 @@ class Request:
     domain: Domain = Domain()
     priority: int = 0
     deadline: float | None = None
+    cache_ttl: int = 0
+    is_public: bool = False
     forks: tuple[Fork, ...] = ()
     sampler_row: SamplerRow | None = dataclasses.field(init=False, repr=False, default=None)
 
@@ -219,7 +224,9 @@ class StepPlan:
         Empty: nothing can run now.
       block_copies: to be done before the step's writes, all of them at once (copy-on-write).
       preempted: ids of requests that lost their blocks in this step.
-      swap_outs, swap_ins: between pool and host tier, before the step and its copies.
+      swap_outs, swap_ins: between pool and host tier, before the step.
+      erased_blocks, erased_slots: of pool and host tier, to be filled with zeros: after this
+        plan's swaps out, copies and reads, and before its swaps in and its step.
     """
 
     step: int
@@ -228,6 +235,19 @@ class StepPlan:
     preempted: tuple[str, ...] = ()
     swap_outs: tuple[SwapOut, ...] = ()
     swap_ins: tuple[SwapIn, ...] = ()
+    erased_blocks: tuple[int, ...] = ()
+    erased_slots: tuple[int, ...] = ()
+
+    @property
+    def moves_blocks(self) -> bool:
+        """Whether there is something to do besides computing."""
+        return bool(
+            self.block_copies
+            or self.swap_outs
+            or self.swap_ins
+            or self.erased_blocks
+            or self.erased_slots
+        )
 
     @property
     def num_tokens(self) -> int:

@@ -107,6 +107,8 @@ class SmallEngine:
             state, plan = scheduler.schedule(state, limits)
             state.check()
             launched = self._launch(plan, on_plan) if plan.rows else None
+            if launched is None:
+                self.runner.move_blocks(plan)
             assert launched or in_flight or state.is_idle, "no progress"
             waited, in_flight = (in_flight, launched) if ahead else (launched, None)
             if waited is not None:

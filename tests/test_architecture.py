@@ -37,9 +37,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"types", "config", "core", "weights"},
     "runtime": BELOW_SERVE - {"text"},
     "loading": BELOW_SERVE,  # from a config to a warm runner
-    "resolve": {"types", "core", "text"},
+    "resolve": {"types", "config", "core", "text"},
+    "public_prefixes": {"types", "config", "text"},
     "streams": {"types", "runtime", "text"},
-    "frontend": BELOW_SERVE | {"loading", "resolve", "streams"},
+    "frontend": BELOW_SERVE | {"loading", "public_prefixes", "resolve", "streams"},
     "llm": BELOW_SERVE | {"config_file", "loading", "frontend", "streams"},
     "generate": {"types", "llm"},
     "calibrate": BELOW_SERVE | {"loading", "resolve", "llm", "generate"},
@@ -213,9 +214,10 @@ def test_a_file_is_short_enough_to_read_and_says_what_it_is(path: Path) -> None:
 
 def test_the_path_from_request_to_token_reads_in_an_hour() -> None:
     path = [ROOT / "engine" / "types.py", *_sources("engine/core", "engine/model")]
-    # Beside the path: what paging is compared with, a tier below it, and a number for admission;
-    # and the checks of what a client asks for, in engine/sampling.py.
-    beside = ("contiguous.py", "host_tier.py", "forecast.py")
+    # Beside the path: what paging is compared with, a tier below it, a number for admission, what
+    # may stay in the cache and for whom; and the checks of what a client asks for, in sampling.py.
+    beside = ("contiguous.py", "host_tier.py", "forecast.py", "retention.py", "public.py")
+    beside += ("upkeep.py",)
     path = [file for file in path if file.name not in beside]
     path += [ROOT / "engine" / "runtime" / name for name in ("runner.py", "step.py")]
     assert sum(len(file.read_text().splitlines()) for file in path) < MAX_LINES_REQUEST_TO_TOKEN

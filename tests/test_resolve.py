@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from engine.config import CacheConfig
 from engine.core.limits import Limits
 from engine.resolve import QUICK_CHARS, Resolver, deadline_after, is_quick
 from engine.sampling import InvalidRequest, SamplingParams
@@ -15,6 +16,7 @@ from engine.types import Domain, Request
 from tests.runtime import tiny
 
 LIMITS = Limits(num_blocks=8, block_size=16, max_num_seqs=2, max_step_tokens=16, max_model_len=32)
+CACHE = CacheConfig(time_to_live=60, tenant_time_to_live={"clinic": 5, "archive": 0})
 CHAT = (Message("user", "hi"),)
 
 
@@ -22,7 +24,7 @@ CHAT = (Message("user", "hi"),)
 def resolver(tmp_path_factory: pytest.TempPathFactory) -> Resolver:
     folder = tiny.write_model(tmp_path_factory.mktemp("model"))
     tokenizer = Tokenizer.from_folder(folder)
-    return Resolver(tokenizer, LIMITS, tiny.VOCAB_SIZE, (tiny.EOS, tiny.TURN_END))
+    return Resolver(tokenizer, LIMITS, tiny.VOCAB_SIZE, (tiny.EOS, tiny.TURN_END), CACHE)
 
 
 def resolve(resolver: Resolver, prompt: Any, **fields: Any) -> Request:
@@ -162,3 +164,11 @@ def test_what_takes_long_to_tokenise_is_not_quick() -> None:
     assert not is_quick("x" * (QUICK_CHARS + 1), plain)
     assert not is_quick(CHAT, plain)
     assert not is_quick("x", SamplingParams(bad_words=("y" * QUICK_CHARS,)))
+
+
+def test_a_tenants_time_to_live_is_its_own_or_everybodys(resolver: Resolver) -> None:
+    times = {
+        tenant: resolve(resolver, "hi", domain=Domain(tenant)).cache_ttl
+        for tenant in ("clinic", "archive", "other")
+    }
+    assert times == {"clinic": 5_000, "archive": 0, "other": 60_000}

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import numpy as np
 
 if TYPE_CHECKING:
-    from engine.runtime.loop import StepRecord
+    from engine.runtime.figures import StepRecord
 
 PHASES = ("schedule", "build", "launch", "wait", "commit")  # of the step loop, one by one
 

@@ -20,7 +20,7 @@ from engine.types import Domain
 if TYPE_CHECKING:
     from engine.client import AsyncClient
     from engine.frontend import Engine
-    from engine.runtime.loop import StepRecord
+    from engine.runtime.figures import StepRecord
 
 POLL_SECONDS = 0.25  # between looks at a server's cache
 _SETTLE_POLLS = 10

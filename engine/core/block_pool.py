@@ -3,7 +3,9 @@
 A block is in exactly one of three states. *Free*: nobody's, contents meaningless. *Owned*:
 held by one or more sequences (its reference count). *Cached*: held by nobody, but its key
 still names its contents; it is handed out again on a match, or evicted when blocks run out,
-least recently released first.
+least recently released first, or given up when its time to live is over or its domain is
+flushed. A block that goes free with contents that must not stay is named for the next plan to
+erase.
 """
 
 from __future__ import annotations
@@ -12,6 +14,9 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+from engine.core.retention import PUBLIC, Retention, Tag
+from engine.types import Domain
+
 
 class PoolCounts(NamedTuple):
     """Blocks by state; they add up to the pool."""
@@ -19,6 +24,16 @@ class PoolCounts(NamedTuple):
     free: int
     cached: int
     owned: int
+
+
+class Evicted(NamedTuple):
+    """A block that was given to somebody else, and what it held: until when that may be kept, in
+    milliseconds on the pool's clock, 0 without limit."""
+
+    block: int
+    key: bytes
+    tag: Tag
+    expires: int
 
 
 class OutOfBlocks(RuntimeError):
@@ -39,16 +54,19 @@ class BlockPool:
         "_key_of",
         "_ref_counts",
         "num_blocks",
+        "retention",
     )
 
     def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
+        self.retention = Retention()
         self._ref_counts = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: block 0 goes out first
-        self._cached: OrderedDict[int, None] = OrderedDict()  # in order of eviction
+        # In order of eviction, with the time when they expire, 0 if they don't.
+        self._cached: OrderedDict[int, int] = OrderedDict()
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
-        self._evicted: list[tuple[int, bytes]] = []
+        self._evicted: list[Evicted] = []
 
     @property
     def num_available(self) -> int:
@@ -109,8 +127,8 @@ class BlockPool:
                 del self._cached[block]
             self._ref_counts[block] += 1
 
-    def release(self, blocks: Sequence[int]) -> None:
-        """Give up one ownership of each block.
+    def release(self, blocks: Sequence[int], *, erase: bool = False) -> None:
+        """Give up one ownership of each block. Those that go free are erased if `erase` says so.
 
         The last block goes first, so that of one sequence's cached blocks the end is evicted
         before the beginning: a block without its parents can't be matched.
@@ -121,11 +139,12 @@ class BlockPool:
             self._ref_counts[block] = count
             if count == 0:
                 if block in self._key_of:
-                    self._cached[block] = None
+                    self._cached[block] = self.retention.leave(block)
                 else:
                     self._free.append(block)
+                    self.retention.free(block, erase=erase)
 
-    def name(self, block: int, key: bytes) -> None:
+    def name(self, block: int, key: bytes, tag: Tag = PUBLIC) -> None:
         """Give an owned block the key of its contents, so that later requests can match it.
 
         If another block has the key already, that one stays the one that is matched and
@@ -135,18 +154,38 @@ class BlockPool:
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key] = block
             self._key_of[block] = key
+            self.retention.keep(block, tag)
 
-    def take_evicted(self) -> list[tuple[int, bytes]]:
-        """Blocks that were evicted since the last call, and the keys of what they held."""
+    def take_evicted(self) -> list[Evicted]:
+        """What was evicted since the last call."""
         evicted, self._evicted = self._evicted, []
         return evicted
 
+    def expire(self) -> None:
+        """Give up the cached blocks whose time is over."""
+        for block, expires in self.retention.due():
+            if self._cached.get(block) == expires:
+                self._give_up(block)
+
+    def flush(self, domain: Domain | None) -> None:
+        """Forget what a domain left, or with None all but what is public. O(pool).
+
+        Nobody finds it any more; what running sequences hold of it is erased when they end.
+        """
+        for block in self.retention.of(domain):
+            if block in self._cached:
+                self._give_up(block)
+            else:
+                self._forget_name(block)
+                self.retention.doom(block)
+
     def forget_names(self) -> None:
-        """Drop every key: no block's contents can be matched any more."""
+        """Drop every key: no block's contents can be matched any more, as they are lost."""
         self._block_of.clear()
         self._key_of.clear()
         self._free.extend(self._cached)
         self._cached.clear()
+        self.retention.clear()
 
     def copy(self) -> BlockPool:
         """An independent pool in the same state. O(pool)."""
@@ -158,6 +197,7 @@ class BlockPool:
         other._block_of = self._block_of.copy()
         other._key_of = self._key_of.copy()
         other._evicted = self._evicted.copy()
+        other.retention = self.retention.copy()
         return other
 
     def check(self, owners: Iterable[Sequence[int]]) -> None:
@@ -178,10 +218,23 @@ class BlockPool:
         assert cached <= self._key_of.keys(), "a cached block has no key"
         assert not free & self._key_of.keys(), "a free block has a key"
         assert self._block_of == {key: block for block, key in self._key_of.items()}
+        self.retention.check(set(self._key_of), owned)
 
     def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
+        block, expires = self._cached.popitem(last=False)
+        key, tag = self._forget_name(block)
+        self._evicted.append(Evicted(block, key, tag, expires))
+        self.retention.free(block, erase=expires > 0)
+        return block
+
+    def _give_up(self, block: int) -> None:
+        """Free a cached block, and have it erased."""
+        del self._cached[block]
+        self._forget_name(block)
+        self._free.append(block)
+        self.retention.free(block, erase=True)
+
+    def _forget_name(self, block: int) -> tuple[bytes, Tag]:
         key = self._key_of.pop(block)
         del self._block_of[key]
-        self._evicted.append((block, key))
-        return block
+        return key, self.retention.forget(block)

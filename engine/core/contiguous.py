@@ -9,7 +9,9 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Sequence
 
-from engine.core.block_pool import OutOfBlocks, PoolCounts
+from engine.core.block_pool import Evicted, OutOfBlocks, PoolCounts
+from engine.core.retention import PUBLIC, Retention, Tag
+from engine.types import Domain
 
 
 class ContiguousPool:
@@ -26,10 +28,19 @@ class ContiguousPool:
     run more than there are slabs.
     """
 
-    __slots__ = ("_num_free", "_run_at", "_run_before", "_runs", "_slabs", "num_blocks")
+    __slots__ = (
+        "_num_free",
+        "_run_at",
+        "_run_before",
+        "_runs",
+        "_slabs",
+        "num_blocks",
+        "retention",
+    )
 
     def __init__(self, num_blocks: int):
         self.num_blocks = num_blocks
+        self.retention = Retention()  # of nothing
         self._num_free = 0
         self._runs: list[tuple[int, int]] = []  # (length, first block) of free runs, sorted
         self._run_at: dict[int, int] = {}  # length of the free run that begins at a block
@@ -84,8 +95,9 @@ class ContiguousPool:
         self._slabs[first] = count
         return list(range(first, first + count))
 
-    def release(self, blocks: Sequence[int]) -> None:
-        """Give a whole slab back."""
+    def release(self, blocks: Sequence[int], *, erase: bool = False) -> None:
+        """Give a whole slab back. There is nothing to erase: its contents are only simulated."""
+        del erase
         if not blocks:
             return
         first, count = blocks[0], len(blocks)
@@ -118,12 +130,18 @@ class ContiguousPool:
         """There is nothing to share: only an empty list is taken."""
         assert not blocks, "a slab has one owner"
 
-    def name(self, block: int, key: bytes) -> None:
+    def name(self, block: int, key: bytes, tag: Tag = PUBLIC) -> None:
         """Nothing: no block will be looked for."""
 
-    def take_evicted(self) -> list[tuple[int, bytes]]:
+    def take_evicted(self) -> list[Evicted]:
         """Nothing is evicted, as nothing is cached."""
         return []
+
+    def expire(self) -> None:
+        """Nothing: none is kept."""
+
+    def flush(self, domain: Domain | None) -> None:
+        """Nothing: none is kept."""
 
     def forget_names(self) -> None:
         """Nothing: there are none."""

@@ -14,6 +14,7 @@ from engine.core.contiguous import ContiguousPool
 from engine.core.forecast import OutputLengths
 from engine.core.host_tier import HostTier
 from engine.core.limits import Limits
+from engine.core.public import PublicPrefixes
 from engine.core.sequences import NO_SLOT, Sequence, WaitingQueue
 from engine.types import Request
 
@@ -30,6 +31,7 @@ class Core:
       running: those that hold blocks, by rank.
       waiting: the others, but for those that wait with a parent.
       pool, host: the blocks, and the copies of evicted ones in host memory.
+      public: prefixes that every domain may match.
       num_slots: rows of the device state; the most sequences that can run.
       free_slots: a heap, so that the lowest slot is used first.
       step: the number of the next plan.
@@ -42,6 +44,7 @@ class Core:
     __slots__ = (
         "arrivals",
         "block_size",
+        "fingerprint",
         "free_slots",
         "holding",
         "host",
@@ -50,6 +53,7 @@ class Core:
         "num_slots",
         "output_lengths",
         "pool",
+        "public",
         "running",
         "sequences",
         "step",
@@ -60,7 +64,9 @@ class Core:
         is_paged = limits.allocator == "paged"
         self.pool = (BlockPool if is_paged else ContiguousPool)(limits.num_blocks)
         self.host = HostTier(limits.host_blocks)
+        self.public = PublicPrefixes()
         self.block_size = limits.block_size
+        self.fingerprint = limits.fingerprint
         self.max_preemptions = limits.max_preemptions
         self.output_lengths = OutputLengths()
         self.holding: Holding | None = None
@@ -81,6 +87,9 @@ class Core:
     def add(self, request: Request, max_total: int) -> None:
         """Queue a new request, whose prompt and output have at most `max_total` tokens."""
         seq = self._new(request, max_total)
+        if request.is_public:
+            seq.extend_keys(seq.num_prompt // self.block_size, self.block_size, self.fingerprint)
+            self.public.keys.update(seq.keys)
         seq.forks = [self._new(request.fork(fork), max_total) for fork in request.forks]
         for fork in seq.forks:
             fork.parent = seq
@@ -120,6 +129,16 @@ class Core:
             fork.part_from(seq, blocks, heapq.heappop(self.free_slots), capacity)
             bisect.insort(self.running, fork, key=_rank)
         return forks
+
+    def pin(self, seq: Sequence) -> None:
+        """A public prefix is computed: its sequence ends, and its blocks stay."""
+        self.public.pin(seq.request, seq.keys[: seq.num_prompt // self.block_size], self.pool)
+        self.remove(seq)
+
+    def unpin(self) -> None:
+        """The public prefixes are lost: queue them to be computed again."""
+        for request in self.public.unpin(self.pool):
+            self.add(request, len(request.prompt_ids) + request.max_tokens)
 
     def blocks_to_start(self, seq: Sequence) -> int:
         """How many blocks a waiting sequence starts with, those that are found included."""
@@ -165,11 +184,13 @@ class Core:
         """An independent core in the same state. O(pool)."""
         other = object.__new__(Core)
         other.block_size = self.block_size
+        other.fingerprint = self.fingerprint
         other.max_preemptions = self.max_preemptions
         other.output_lengths = self.output_lengths.copy()
         other.holding = self.holding
         other.pool = self.pool.copy()
         other.host = self.host.copy()
+        other.public = self.public.copy()
         other.sequences = {key: seq.copy() for key, seq in self.sequences.items()}
         for seq in other.sequences.values():
             seq.forks = [other.sequences[fork.request.request_id] for fork in seq.forks]
@@ -188,7 +209,8 @@ class Core:
 
     def check(self) -> None:
         """Assert the invariants of pool, sequences and slots. O(pool); for tests."""
-        self.pool.check(seq.owned_blocks() for seq in self.running)
+        owned = [seq.owned_blocks() for seq in self.running]
+        self.pool.check(owned + self.public.owned_blocks)
         self.host.check()
         waiting = self.waiting.in_order()
         parents = (*self.running, *waiting)
@@ -215,7 +237,7 @@ class Core:
     def _stop(self, seq: Sequence) -> None:
         self.running.remove(seq)
         heapq.heappush(self.free_slots, seq.slot)
-        self.pool.release(seq.owned_blocks())
+        self.pool.release(seq.owned_blocks(), erase=seq.tag.time_to_live > 0)
         seq.clear_cache()
 
 

@@ -7,13 +7,19 @@ where it would have been computed again. Nothing here moves a byte; plans say wh
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import NamedTuple
+
+from engine.core.block_pool import Evicted
+from engine.core.retention import Tag
+from engine.types import Domain, StepPlan
 
 
 class _Entry(NamedTuple):
     slot: int
     step: int  # whose plan put it here
+    tag: Tag
+    expires: int  # milliseconds on the pool's clock; 0: never
 
 
 class HostTier:
@@ -23,28 +29,35 @@ class HostTier:
     the pool, so that evicting that one again moves nothing.
     """
 
-    __slots__ = ("_entries", "_free", "num_slots")
+    __slots__ = ("_entries", "_erased", "_free", "next_expiry", "num_slots")
 
     def __init__(self, num_slots: int):
         self.num_slots = num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # in order of eviction
+        self._erased: list[int] = []
+        self.next_expiry: int | None = None  # when `expire` may have something to do
 
     def __len__(self) -> int:
         return len(self._entries)
 
-    def put(self, key: bytes, step: int) -> int | None:
-        """A slot for the block of that key, to be filled by the plan of that step.
+    def put(self, evicted: Evicted, step: int) -> int | None:
+        """A slot for what was evicted, to be filled by the plan of that step.
 
         None if it is here already, or if there are no slots at all.
         """
-        if key in self._entries:
-            self._entries.move_to_end(key)
-            return None
         if not self.num_slots:
             return None
+        _, key, tag, expires = evicted
+        if expires:
+            self.next_expiry = min(expires, self.next_expiry or expires)
+        old = self._entries.get(key)
+        if old is not None:
+            self._entries[key] = old._replace(expires=expires)
+            self._entries.move_to_end(key)
+            return None
         slot = self._free.pop() if self._free else self._entries.popitem(last=False)[1].slot
-        self._entries[key] = _Entry(slot, step)
+        self._entries[key] = _Entry(slot, step, tag, expires)
         return slot
 
     def match(self, keys: Sequence[bytes]) -> list[int]:
@@ -58,10 +71,41 @@ class HostTier:
             slots.append(entry.slot)
         return slots
 
-    def forget_since(self, step: int) -> None:
-        """Drop what the plans from `step` on put here: they failed."""
-        for key in [key for key, entry in self._entries.items() if entry.step >= step]:
-            self._free.append(self._entries.pop(key).slot)
+    def undo(self, plans: Sequence[StepPlan]) -> None:
+        """Drop what these latest plans put here: they failed. What they were to erase still is."""
+        steps = {plan.step for plan in plans}
+        self._drop(lambda entry: entry.step in steps)
+        for plan in plans:
+            self._erased += plan.erased_slots
+
+    def expire(self, now: int) -> None:
+        """Drop what must not be kept any longer. O(slots), when something is due."""
+        if self.next_expiry is not None and self.next_expiry <= now:
+            self._drop(lambda entry: 0 < entry.expires <= now)
+            times = [entry.expires for entry in self._entries.values() if entry.expires]
+            self.next_expiry = min(times, default=None)
+
+    def flush(self, domain: Domain | None) -> None:
+        """Drop what a domain left, or with None all but what is public. O(slots)."""
+        self._drop(
+            lambda entry: entry.tag.domain is not None and domain in (None, entry.tag.domain)
+        )
+
+    def take_erased(self) -> list[int]:
+        """Slots that were given up since the last call; they may be in use again."""
+        erased, self._erased = self._erased, []
+        return erased
+
+    @property
+    def has_erased(self) -> bool:
+        """Whether slots wait to be erased."""
+        return bool(self._erased)
+
+    def _drop(self, is_over: Callable[[_Entry], bool]) -> None:
+        for key in [key for key, entry in self._entries.items() if is_over(entry)]:
+            slot = self._entries.pop(key).slot
+            self._free.append(slot)
+            self._erased.append(slot)
 
     def copy(self) -> HostTier:
         """An independent tier in the same state. O(slots)."""
@@ -69,6 +113,8 @@ class HostTier:
         other.num_slots = self.num_slots
         other._free = self._free.copy()
         other._entries = self._entries.copy()
+        other._erased = self._erased.copy()
+        other.next_expiry = self.next_expiry
         return other
 
     def check(self) -> None:

@@ -43,6 +43,9 @@ def plan_step(core: Core, limits: Limits) -> StepPlan:
         for row in rows[num_decodes:]:
             name_full_blocks(core.sequences[row.request.request_id], core, limits)
     _part(core, rows)
+    # A copy fills its block by itself, and comes first: what is erased may be what it copies.
+    copied = {copy.destination for copy in copies}
+    erased = [block for block in core.pool.retention.take_erased() if block not in copied]
     plan = StepPlan(
         step=core.step,
         rows=tuple(rows),
@@ -50,6 +53,8 @@ def plan_step(core: Core, limits: Limits) -> StepPlan:
         preempted=tuple(preempted),
         swap_outs=tuple(_swap_out(core)),
         swap_ins=tuple(swap_ins),
+        erased_blocks=tuple(erased),
+        erased_slots=tuple(core.host.take_erased()),
     )
     if rows:
         core.in_flight.append(core.step)
@@ -65,9 +70,9 @@ def name_full_blocks(seq: Sequence, core: Core, limits: Limits) -> None:
     """
     full = min(seq.num_computed, len(seq.token_ids)) // limits.block_size
     if full > seq.num_blocks_named:
-        seq.extend_keys(full, limits.block_size, limits.fingerprint)
+        seq.extend_keys(full, limits.block_size, limits.fingerprint, core.public.keys)
         for index in range(seq.num_blocks_named, full):
-            core.pool.name(int(seq.block_ids[index]), seq.keys[index])
+            core.pool.name(int(seq.block_ids[index]), seq.keys[index], seq.tag_of(index))
         seq.num_blocks_named = full
 
 
@@ -124,10 +129,10 @@ def _swap_out(core: Core) -> Iterator[SwapOut]:
 
     At the step's end: what goes out with a plan comes in with a later one at the earliest.
     """
-    for block, key in core.pool.take_evicted():
-        slot = core.host.put(key, core.step)
+    for evicted in core.pool.take_evicted():
+        slot = core.host.put(evicted, core.step)
         if slot is not None:
-            yield SwapOut(block, slot, key)
+            yield SwapOut(evicted.block, slot, evicted.key)
 
 
 def _admit_waiting(
@@ -149,7 +154,7 @@ def _admit_waiting(
         if limits.prefix_reuse and not seq.needs_whole_prompt:
             # The last known token is always computed: its logits choose the next one.
             most = (num_known - 1) // block_size
-            seq.extend_keys(most, block_size, limits.fingerprint)
+            seq.extend_keys(most, block_size, limits.fingerprint, core.public.keys)
             hits = core.pool.match(seq.keys[:most])
             slots = core.host.match(seq.keys[len(hits) : most])
         needed = core.blocks_to_start(seq) + core.pool.num_cached(hits) - len(hits)

@@ -74,13 +74,26 @@ class SchedulerState:
 
     @property
     def is_idle(self) -> bool:
-        """Whether no request is left."""
-        return not self._peek().sequences
+        """Whether no request is left, and nothing to erase: another plan would be empty."""
+        core = self._peek()
+        return not (core.sequences or core.pool.retention.has_erased or core.host.has_erased)
+
+    @property
+    def next_expiry(self) -> int | None:
+        """When `tick` may have something to do, in milliseconds, or None."""
+        core = self._peek()
+        times = (core.pool.retention.next_expiry, core.host.next_expiry)
+        return min((time for time in times if time is not None), default=None)
 
     @property
     def pool(self) -> PoolCounts:
         """Blocks by state."""
         return self._peek().pool.counts
+
+    @property
+    def num_pinned_blocks(self) -> int:
+        """Blocks of public prefixes, which are always owned."""
+        return sum(map(len, self._peek().public.owned_blocks))
 
     def __contains__(self, request_id: object) -> bool:
         return request_id in self._peek().sequences
@@ -159,14 +172,18 @@ def admit(state: SchedulerState, limits: Limits, request: Request) -> SchedulerS
         )
     max_total = min(num_prompt + request.max_tokens, limits.max_model_len)
     longest = max_total - 1  # the last token is sampled but never fed back into the cache
-    if -(-longest // limits.block_size) > limits.num_blocks:
+    num_blocks = limits.num_blocks - len(state._peek().public.keys)
+    if -(-longest // limits.block_size) > num_blocks:
         raise InvalidRequest(
             "max_tokens",
             f"prompt and output may reach {longest} tokens, but the whole cache holds "
-            f"{limits.num_blocks * limits.block_size}; lower max_tokens or enlarge the cache",
+            f"{num_blocks * limits.block_size}; lower max_tokens or enlarge the cache",
         )
     if state.num_waiting + len(request.forks) >= limits.max_waiting:
         raise QueueFull(f"{limits.max_waiting} requests are waiting already; try again later")
+    if request.is_public:
+        others = (seq.request for seq in state._peek().sequences.values())
+        state._peek().public.check_admission(request, limits, others)
     core = state._take()
     core.add(request, max_total)
     return SchedulerState(core)
@@ -237,6 +254,9 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
         logprobs = tokens.logprobs.get(index)
         outputs.append(_output(seq, (token,), reason, () if logprobs is None else (logprobs,)))
         if reason is not None:
+            if seq.request.is_public:
+                core.pin(seq)
+                continue
             core.output_lengths.add(len(seq.token_ids) - seq.num_prompt)
             core.remove(seq)
     return Committed(SchedulerState(core), tuple(outputs))
@@ -260,9 +280,9 @@ def fail(state: SchedulerState, plans: tuple[StepPlan, ...]) -> Committed:
                 outputs.append(_finish(core, seq, (), FinishReason.ERROR))
     while core.running:
         core.preempt(core.running[-1])
+    core.unpin()
     core.pool.forget_names()
-    if plans:
-        core.host.forget_since(min(plan.step for plan in plans))
+    core.host.undo(plans)
     return Committed(SchedulerState(core), tuple(outputs))
 
 

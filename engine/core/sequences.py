@@ -6,11 +6,12 @@ Everything here is mutable and owned by one `SchedulerState`.
 from __future__ import annotations
 
 import heapq
-from collections.abc import Iterable
+from collections.abc import Iterable, Set
 
 import numpy as np
 
-from engine.core.block_keys import child_key, root_key
+from engine.core.block_keys import child_key, joined_key, public_root_key, root_key
+from engine.core.retention import PUBLIC, Tag
 from engine.types import Request, TokenLogprobs
 
 NO_SLOT = -1
@@ -30,6 +31,8 @@ class Sequence:
       block_ids: int32[capacity], read-only; the first num_blocks entries hold positions 0
         onwards. Filled entries never change, so plans keep views of it.
       keys: of the blocks whose tokens are known, as far as they were needed.
+      num_public: how many of `keys` are a public prefix's.
+      tag: of the other blocks.
       num_blocks_named: blocks that others may match.
       shares_tail: the last block may be another's too, and must not be written to if it is.
       num_cached_tokens: prompt tokens found in the cache when the request first ran.
@@ -52,6 +55,7 @@ class Sequence:
         "num_computed",
         "num_preemptions",
         "num_prompt",
+        "num_public",
         "num_total",
         "parent",
         "prompt_logprobs",
@@ -59,6 +63,7 @@ class Sequence:
         "request",
         "shares_tail",
         "slot",
+        "tag",
         "token_ids",
         "was_started",
     )
@@ -74,6 +79,8 @@ class Sequence:
         self.num_cached_tokens = 0
         self.num_preemptions = 0
         self.keys: list[bytes] = []
+        self.num_public = 0
+        self.tag = Tag(request.domain, request.cache_ttl)
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.was_started = False
         self.forks: list[Sequence] = []
@@ -133,6 +140,7 @@ class Sequence:
         self.num_blocks_named = parent.num_blocks_named
         self.num_computed = parent.num_computed
         self.keys = parent.keys.copy()
+        self.num_public = parent.num_public
         self.num_cached_tokens = parent.num_cached_tokens
         self.was_started = self.shares_tail = parent.shares_tail = True
 
@@ -160,13 +168,31 @@ class Sequence:
         self.has_state = True
         return tuple(self.token_ids[self.num_prompt :])
 
-    def extend_keys(self, count: int, block_size: int, fingerprint: str) -> None:
-        """Make sure that `keys` names the first `count` blocks, whose tokens are known."""
-        while len(self.keys) < count:
-            index = len(self.keys)
-            parent = self.keys[-1] if index else root_key(self.request.domain, fingerprint)
-            block = self.token_ids[index * block_size : (index + 1) * block_size]
-            self.keys.append(child_key(parent, block))
+    def extend_keys(
+        self, count: int, block_size: int, fingerprint: str, public: Set[bytes] = frozenset()
+    ) -> None:
+        """Make sure that `keys` names the first `count` blocks, whose tokens are known.
+
+        While they are in `public` they are everybody's; from there on they are its domain's.
+        """
+        while (index := len(self.keys)) < count:
+            tokens = self.token_ids[index * block_size : (index + 1) * block_size]
+            parent = self.keys[-1] if index else None
+            if self.num_public == index and (public or self.request.is_public):
+                key = child_key(parent or public_root_key(fingerprint), tokens)
+                if self.request.is_public or key in public:
+                    self.keys.append(key)
+                    self.num_public += 1
+                    continue
+            if self.num_public == index:
+                root = root_key(self.request.domain, fingerprint)
+                parent = joined_key(root, parent) if parent else root
+            assert parent is not None  # its first key is from its root
+            self.keys.append(child_key(parent, tokens))
+
+    def tag_of(self, index: int) -> Tag:
+        """Whose the contents of its block of that index are, counted from the prompt's start."""
+        return PUBLIC if index < self.num_public else self.tag
 
     def add_prompt_logprobs(self, start: int, entries: tuple[TokenLogprobs, ...]) -> None:
         """Take in what the chunk from position `start` says; repeats are dropped."""

@@ -1,6 +1,7 @@
-"""Copies whole blocks inside the pool, in every layer, as one program: copy-on-write's device side.
+"""Copies and erases whole blocks of the pool, in every layer: copy-on-write's device side.
 
-It runs between two steps, so that a step finds every copy done and no kernel orders anything.
+Each is one program that runs between two steps, so that a step finds everything done and no kernel
+orders anything.
 """
 
 from __future__ import annotations
@@ -50,6 +51,57 @@ class BlockCopier:
         sources[: len(last)] = list(last.values())
         destinations[: len(last)] = list(last)
         return sources, destinations, np.int32(len(last))
+
+
+class BlockEraser:
+    """The compiled program that fills blocks of one pool with zeros."""
+
+    AT_A_CALL = 256
+
+    def __init__(self, kv_pool: jax.ShapeDtypeStruct, num_layers: int):
+        """
+        Args:
+          kv_pool: the pool's shape, dtype and sharding.
+          num_layers: whose copies of a block lie one after the other in it.
+        """
+        self._num_blocks = kv_pool.shape[0] // num_layers
+        program = jax.jit(
+            functools.partial(erase_blocks, num_layers=num_layers),
+            donate_argnums=0,
+            out_shardings=kv_pool.sharding,
+        )
+        self.program = program.lower(kv_pool, *self._arguments(())).compile()
+
+    def __call__(self, kv_pool: jax.Array, blocks: Sequence[int]) -> jax.Array:
+        """The pool with zeros in those blocks; the one given is consumed."""
+        for start in range(0, len(blocks), self.AT_A_CALL):
+            kv_pool = self.program(kv_pool, *self._arguments(blocks[start:][: self.AT_A_CALL]))
+        return kv_pool
+
+    def _arguments(self, blocks: Sequence[int]) -> tuple[np.ndarray, np.int32]:
+        padded = np.full(self.AT_A_CALL, self._num_blocks, np.int32)
+        padded[: len(blocks)] = blocks
+        return padded, np.int32(len(blocks))
+
+
+def erase_blocks(
+    kv_pool: jax.Array, blocks: jax.Array, count: jax.Array, *, num_layers: int
+) -> jax.Array:
+    """Fill blocks of every layer with zeros.
+
+    Args:
+      kv_pool: [num_layers * num_blocks, ...]; donate it.
+      blocks: int32[n], a multiple of AT_A_TIME, no two alike; num_blocks where there is none.
+      count: int32[], how many there are; they come first.
+      num_layers: in the pool.
+    """
+    zeros = jnp.zeros((AT_A_TIME, *kv_pool.shape[1:]), kv_pool.dtype)
+
+    def some(step, kv_pool):
+        here = jax.lax.dynamic_slice_in_dim(blocks, step * AT_A_TIME, AT_A_TIME)
+        return write_blocks(kv_pool, here, lambda pool, layer: zeros, num_layers=num_layers)
+
+    return jax.lax.fori_loop(0, -(-count // AT_A_TIME), some, kv_pool)
 
 
 def copy_blocks(

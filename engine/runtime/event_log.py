@@ -19,10 +19,10 @@ from typing import Annotated, Any
 import msgspec
 import numpy as np
 
-from engine.core import scheduler
+from engine.core import scheduler, upkeep
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
-from engine.types import FinishReason, QueueFull, Request, StepPlan, StepTokens
+from engine.types import Domain, FinishReason, QueueFull, Request, StepPlan, StepTokens
 
 FORMAT = 1
 
@@ -69,6 +69,14 @@ class Recorder:
         """These steps failed on the device."""
         self._write({"fail": [plan.step for plan in plans]})
         self._file.flush()
+
+    def tick(self, now: int) -> None:
+        """Time passed, in milliseconds."""
+        self._write({"tick": now})
+
+    def flush(self, domain: Domain | None) -> None:
+        """What a domain left was forgotten, or with None everything."""
+        self._write({"flush": None if domain is None else dataclasses.asdict(domain)})
 
     def close(self) -> None:
         """Flush and close the file."""
@@ -128,12 +136,21 @@ class _Fail(_Event):
     fail: tuple[int, ...]
 
 
+class _Tick(_Event):
+    tick: Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
+
+
+class _Flush(_Event):
+    flush: Domain | None
+
+
 class _Header(_Event):
     octavo_event_log: int
     limits: Limits
 
 
-_KINDS = {kind.__struct_fields__[0]: kind for kind in (_Admit, _Abort, _Schedule, _Commit, _Fail)}
+_EVENTS = (_Admit, _Abort, _Schedule, _Commit, _Fail, _Tick, _Flush)
+_KINDS = {kind.__struct_fields__[0]: kind for kind in _EVENTS}
 
 
 def replay(path: str | Path, *, check: bool = False) -> Replayed:
@@ -180,6 +197,10 @@ def replay(path: str | Path, *, check: bool = False) -> Replayed:
                     state, outputs = scheduler.commit(state, plan, StepTokens(values), limits)
                     plans = {later: plan for later, plan in plans.items() if later > step}
                     tokens += sum(len(output.token_ids) for output in outputs)
+                case _Tick(tick=now):
+                    state = upkeep.tick(state, now)
+                case _Flush(flush=domain):
+                    state = upkeep.flush(state, domain)
                 case _Fail(fail=failed):
                     state, _ = scheduler.fail(
                         state, tuple(_planned(plans, step) for step in failed)

@@ -88,6 +88,12 @@ class HostPool:
             outgoing.finish()
         return self._slots[[swap.slot for swap in swaps]]
 
+    def erase(self, slots: Sequence[int]) -> None:
+        """Fill slots with zeros, also those that something is still on its way to."""
+        for outgoing in self._unfinished:
+            outgoing.finish()
+        self._slots[list(slots)] = 0
+
     def swap_in(
         self, kv_pool: jax.Array, swaps: Sequence[SwapIn], contents: np.ndarray
     ) -> jax.Array:

@@ -8,27 +8,28 @@ piece of news leaves through one function, once a step.
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import heapq
 import logging
 import queue
 import threading
 import time
-from collections import Counter
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 from typing import NamedTuple
 
-from engine.core import batching, scheduler
+from engine.core import batching, scheduler, upkeep
 from engine.core.block_pool import PoolCounts
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
 from engine.runtime.event_log import Recorder
+from engine.runtime.figures import StepRecord, Totals
 from engine.runtime.runner import Launched, Runner
 from engine.sampling import InvalidRequest
-from engine.types import FinishReason, QueueFull, Request, StepOutput, StepPlan
+from engine.types import Domain, FinishReason, QueueFull, Request, StepOutput, StepPlan
 
 log = logging.getLogger(__name__)
 
+_TICK = 0.1  # seconds between two looks at the clock, for what the cache may not keep
 _MIN_DEADLINES = 1024  # deadlines of ended requests that are kept before it pays to tidy up
 
 
@@ -46,50 +47,17 @@ class Rejected(NamedTuple):
 News = Sequence[StepOutput | Rejected]
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class StepRecord:
-    """One step's figures: seconds on the host by phase, tokens, rows and blocks.
-
-    `wait` is what the loop waited for the device; `device` is from the end of the previous
-    step's wait (or this one's launch, if later) to the end of its own.
-    """
-
-    schedule: float
-    build: float
-    launch: float
-    wait: float
-    commit: float
-    device: float
-    num_rows: int
-    num_tokens: int
-    padded_tokens: int
-    num_running: int
-    num_waiting: int
-    owned_blocks: int
-
-
-@dataclasses.dataclass(slots=True)
-class Totals:
-    """Running sums since the start."""
-
-    steps: int = 0
-    prompt_tokens: int = 0
-    cached_prompt_tokens: int = 0
-    generated_tokens: int = 0
-    computed_tokens: int = 0
-    padded_tokens: int = 0
-    preemptions: int = 0
-    copied_blocks: int = 0
-    swapped_out_blocks: int = 0
-    swapped_in_blocks: int = 0
-    failed_steps: int = 0
-    held_steps: Counter[str] = dataclasses.field(default_factory=Counter)
-    finished: Counter[str] = dataclasses.field(default_factory=Counter)
-
-
 class _Abort(NamedTuple):
     request_id: str
     reason: FinishReason
+
+
+class _Flush(NamedTuple):
+    domain: Domain | None
+    done: Future[int]
+
+
+_Event = Request | _Abort | _Flush | None
 
 
 class _InFlight(NamedTuple):
@@ -129,17 +97,21 @@ class EngineLoop:
         self._state = SchedulerState.initial(limits)
         # `submit` bounds the requests in it. Aborts always fit, so that nobody, this thread least
         # of all, waits for room; there are never more of them than the caller has requests.
-        self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._num_submitted = 0  # sequences in the inbox
-        self._taken: list[Request | _Abort | None] = []  # from the inbox, not dealt with yet
+        self._taken: list[_Event] = []  # from the inbox, not dealt with yet
         self._entry = threading.Lock()  # guards it; nothing is submitted once `_closing` is set
         self._live: dict[str, Request] = {}  # by each name of theirs
         self._deadlines: list[tuple[float, str]] = []
         self._planned: StepPlan | None = None  # planned, but not launched yet
         self._recorder = Recorder(record, limits) if record else None
         self._closing = False
+        self._started = time.monotonic()
+        self._ticked = 0.0  # seconds after that
+        self._keeps_time = False  # whether there is anything that may not be kept forever
         self._last_wait_end = 0.0
         self._gauges = (0, 0, self._state.pool)
+        self._num_pinned = 0
         self._thread = threading.Thread(target=self._run, name="octavo-loop", daemon=True)
         self._thread.start()
 
@@ -176,6 +148,25 @@ class EngineLoop:
         """End a request; unknown ids are ignored. The news says when it has ended."""
         if not self._closing:  # which ends everything by itself
             self._inbox.put(_Abort(request_id, reason))
+
+    def flush(self, domain: Domain | None) -> Future[int]:
+        """Forget what a domain left in the cache, or with None all but what is public.
+
+        Returns:
+          How many cached blocks were given up; or EngineStopped.
+        """
+        done: Future[int] = Future()
+        with self._entry:
+            if self._closing:
+                done.set_exception(EngineStopped("the engine is closed, or failed"))
+            else:
+                self._inbox.put(_Flush(domain, done))
+        return done
+
+    @property
+    def num_pinned_blocks(self) -> int:
+        """Blocks of public prefixes, after the last step."""
+        return self._num_pinned
 
     def close(self) -> None:
         """Abort what is left and stop. Safe to call twice."""
@@ -223,14 +214,9 @@ class EngineLoop:
         self._state, plan = scheduler.schedule(self._state, self.limits)
         self._planned = plan
         self._record(lambda recorder: recorder.schedule(plan))
-        totals = self.totals
-        totals.preemptions += len(plan.preempted)
-        totals.copied_blocks += len(plan.block_copies)
-        totals.swapped_out_blocks += len(plan.swap_outs)
-        totals.swapped_in_blocks += len(plan.swap_ins)
-        if (holding := self._state.holding) is not None:
-            totals.held_steps[holding] += 1
+        self.totals.add_plan(plan, self._state.holding)
         if not plan.rows:
+            self._runner.move_blocks(plan)
             self._planned = None
             return None
         scheduled = time.perf_counter()
@@ -251,10 +237,7 @@ class EngineLoop:
         plan = step.launched.plan
         self._record(lambda recorder: recorder.commit(plan, tokens))
         self._state, outputs = scheduler.commit(self._state, plan, tokens, self.limits)
-        totals = self.totals
-        totals.steps += 1
-        totals.computed_tokens += plan.num_tokens
-        totals.padded_tokens += step.padded_tokens
+        self.totals.add_step(plan.num_tokens, step.padded_tokens)
         self._forget_finished(outputs)
         self._publish(outputs)
         if on_step := self.on_step:
@@ -293,7 +276,10 @@ class EngineLoop:
 
     def _take_events(self, *, may_wait: bool) -> bool:
         """Take what is in the inbox. Returns whether to go on."""
-        self._taken = [self._inbox.get()] if may_wait else []
+        self._taken = []
+        if may_wait:
+            with contextlib.suppress(queue.Empty):
+                self._taken = [self._inbox.get(timeout=self._until_expiry())]
         # Not more than there are now, however fast they come: running requests go on.
         self._taken += [self._inbox.get() for _ in range(self._inbox.qsize())]
         goes_on = self._apply(self._taken)
@@ -304,8 +290,33 @@ class EngineLoop:
         self._taken = []
         return goes_on
 
-    def _apply(self, events: Sequence[Request | _Abort | None]) -> bool:
+    def _until_expiry(self) -> float | None:
+        """Seconds until something in the cache may not be kept any longer."""
+        expiry = self._state.next_expiry
+        return None if expiry is None else max(0.0, expiry / 1000 - self._now) + _TICK
+
+    @property
+    def _now(self) -> float:
+        return time.monotonic() - self._started
+
+    def _tick(self) -> None:
+        """Let the scheduler know the time, when it has moved on enough to matter."""
+        if (now := self._now) >= self._ticked + _TICK:
+            self._ticked = now
+            milliseconds = int(now * 1000)
+            self._record(lambda recorder: recorder.tick(milliseconds))
+            self._state = upkeep.tick(self._state, milliseconds)
+
+    def _flush(self, event: _Flush) -> None:
+        cached = self._state.pool.cached
+        self._record(lambda recorder: recorder.flush(event.domain))
+        self._state = upkeep.flush(self._state, event.domain)
+        event.done.set_result(cached - self._state.pool.cached)
+
+    def _apply(self, events: Sequence[_Event]) -> bool:
         """Admit and end requests, those included whose time is up. Returns whether to go on."""
+        if self._keeps_time:
+            self._tick()
         news: list[StepOutput | Rejected] = []
         for event in events:
             if event is None:
@@ -315,6 +326,8 @@ class EngineLoop:
                 return False
             if isinstance(event, _Abort):
                 news.extend(self._end(event.request_id, event.reason))
+            elif isinstance(event, _Flush):
+                self._flush(event)
             else:
                 self._admit(event, news)
         now = time.monotonic()
@@ -327,6 +340,9 @@ class EngineLoop:
         return True
 
     def _admit(self, request: Request, news: list[StepOutput | Rejected]) -> None:
+        if request.cache_ttl and not self._keeps_time:
+            self._keeps_time = True
+            self._tick()
         try:
             self._state = scheduler.admit(self._state, self.limits, request)
         except (InvalidRequest, QueueFull) as error:
@@ -360,6 +376,9 @@ class EngineLoop:
         events = self._taken
         while not self._inbox.empty():
             events.append(self._inbox.get())
+        for event in events:
+            if isinstance(event, _Flush) and not event.done.done():
+                event.done.set_exception(EngineStopped("the engine failed; its log says why"))
         lost = {
             name: event for event in events if isinstance(event, Request) for name in event.names
         }
@@ -370,7 +389,7 @@ class EngineLoop:
             StepOutput(name, (), FinishReason.ERROR, len(request.prompt_ids), 0)
             for name, request in lost.items()
         ]
-        self._count(news)
+        self.totals.add_news(news)
         self._on_news(news)
 
     def _record(self, write: Callable[[Recorder], None]) -> None:
@@ -392,22 +411,13 @@ class EngineLoop:
     def _forget_finished(self, outputs: Sequence[StepOutput]) -> None:
         for output in outputs:
             if output.finish_reason is not None:
-                del self._live[output.request_id]
+                self._live.pop(output.request_id, None)  # a lost public prefix has none
 
     def _publish(self, news: News) -> None:
         """Bring the figures up to date, and then tell who asked."""
-        self._count(news)
+        self.totals.add_news(news)
         state = self._state
         self._gauges = (state.num_running, state.num_waiting, state.pool)
+        self._num_pinned = state.num_pinned_blocks
         if news:
             self._on_news(news)
-
-    def _count(self, news: News) -> None:
-        totals = self.totals
-        for item in news:
-            if isinstance(item, StepOutput):
-                totals.generated_tokens += len(item.token_ids)
-                if item.finish_reason is not None:
-                    totals.finished[item.finish_reason.value] += 1
-                    totals.prompt_tokens += item.num_prompt_tokens
-                    totals.cached_prompt_tokens += item.num_cached_tokens

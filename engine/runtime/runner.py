@@ -19,7 +19,7 @@ from engine.core.batching import Batch, Bucket
 from engine.model import sampler
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder
-from engine.runtime.block_copies import BlockCopier
+from engine.runtime.block_copies import BlockCopier, BlockEraser
 from engine.runtime.host_pool import HostPool, Outgoing
 from engine.runtime.mesh import kv_scales_sharding, replicated
 from engine.runtime.step import RunnerShape, Step
@@ -107,6 +107,7 @@ class Runner:
             lambda: jnp.zeros(pool.shape, pool.dtype), out_shardings=pool.sharding
         )
         self._copy_blocks = BlockCopier(pool, self.arch.num_layers, shape.max_num_seqs)
+        self._erase_blocks = BlockEraser(pool, self.arch.num_layers)
         self._make_state = jax.jit(
             lambda: sampler.initial_state(shape.max_num_seqs + 1, self.arch.vocab_size),
             out_shardings=replicated(mesh),
@@ -167,21 +168,30 @@ class Runner:
 
     def launch(self, plan: StepPlan, batch: Batch) -> Launched:
         """Start a step; launches run in the order they are made."""
-        outgoing = self._move_blocks(plan)
+        outgoing = self.move_blocks(plan)
         for row in plan.rows:
             if row.history is not None and row.request.sampling.edits_logits:
                 self._prepare_slot(row)
         return self._run(plan, batch, outgoing)
 
-    def _move_blocks(self, plan: StepPlan) -> Outgoing | None:
-        """Copies and swaps. Slots are read before they are filled, and blocks likewise."""
+    def move_blocks(self, plan: StepPlan) -> Outgoing | None:
+        """Copies, swaps and erasures: all of a plan without rows, else `launch` calls it.
+
+        Slots are read before they are erased or filled, and blocks likewise.
+        """
+        if not plan.moves_blocks:
+            return None
         outgoing = contents = None
         if self._host is not None and plan.swap_ins:
             contents = self._host.read(plan.swap_ins)
+        if self._host is not None and plan.erased_slots:
+            self._host.erase(plan.erased_slots)
         if self._host is not None and plan.swap_outs:
             outgoing = self._host.swap_out(self.kv_pool, plan.swap_outs)
         if plan.block_copies:
             self._kv_pool = self._copy_blocks(self.kv_pool, plan.block_copies)
+        if plan.erased_blocks:
+            self._kv_pool = self._erase_blocks(self.kv_pool, plan.erased_blocks)
         if self._host is not None and contents is not None:
             self._kv_pool = self._host.swap_in(self.kv_pool, plan.swap_ins, contents)
         return outgoing

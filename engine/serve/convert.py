@@ -87,7 +87,7 @@ def request_id_from_proto(request: pb.GenerateRequest) -> str | None:
     return request.request_id
 
 
-def cache_salt_from_proto(request: pb.GenerateRequest) -> str:
+def cache_salt_from_proto(request: pb.GenerateRequest | pb.FlushCacheRequest) -> str:
     """The client's part of the isolation domain. Raises InvalidRequest."""
     if len(request.cache_salt) > MAX_CACHE_SALT_CHARS:
         raise InvalidRequest(

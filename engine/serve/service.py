@@ -31,7 +31,9 @@ log = logging.getLogger("octavo.serve")
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Generation"].full_name
 
 
-def domain_of(context: grpc.aio.ServicerContext, request: pb.GenerateRequest) -> Domain:
+def domain_of(
+    context: grpc.aio.ServicerContext, request: pb.GenerateRequest | pb.FlushCacheRequest
+) -> Domain:
     """Who may share cached blocks with this request.
 
     The tenant comes from who is authenticated. There is no authentication yet, so all callers
@@ -164,6 +166,13 @@ class GenerationService:
     ) -> pb.GetStatsResponse:
         convert.refuse_unknown_fields(request)
         return convert.stats_to_proto(self._ready_engine(even_late=True).stats())
+
+    async def FlushCache(
+        self, request: pb.FlushCacheRequest, context: grpc.aio.ServicerContext
+    ) -> pb.FlushCacheResponse:
+        convert.refuse_unknown_fields(request)
+        domain = domain_of(context, request)
+        return pb.FlushCacheResponse(blocks=await self._ready_engine().flush(domain))
 
     async def Abort(
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext

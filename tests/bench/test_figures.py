@@ -16,7 +16,7 @@ from engine.bench.figures import (
     step_figures,
     summarise,
 )
-from engine.runtime.loop import StepRecord
+from engine.runtime.figures import StepRecord
 
 ENGINE = EngineFigures(None, None, None, None, preemptions=0, compiles=0, block_size=16)
 MACHINE = MachineFigures(None, None, None)

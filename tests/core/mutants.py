@@ -18,6 +18,7 @@ from engine.core.block_pool import BlockPool
 from engine.core.core import Core
 from engine.core.host_tier import HostTier
 from engine.core.limits import Limits
+from engine.core.retention import Retention
 from engine.core.scheduler import SchedulerState
 from engine.core.sequences import Sequence, WaitingQueue
 from engine.types import Domain
@@ -89,7 +90,7 @@ def eviction_takes_an_owned_block(patch: Patch) -> None:
 
 @mutant
 def eviction_keeps_the_name(patch: Patch) -> None:
-    rewrite(patch, BlockPool, "_evict", "del self._block_of[key]", "pass")
+    rewrite(patch, BlockPool, "_forget_name", "del self._block_of[key]", "pass")
 
 
 @mutant
@@ -146,7 +147,7 @@ def a_slot_is_never_returned(patch: Patch) -> None:
 
 @mutant
 def an_ended_sequence_keeps_its_blocks(patch: Patch) -> None:
-    rewrite(patch, Core, "_stop", "self.pool.release(seq.owned_blocks())", "pass")
+    rewrite(patch, Core, "_stop", "self.pool.release(seq.owned_blocks()", "str((0)")
 
 
 @mutant
@@ -348,7 +349,7 @@ def a_plan_s_block_table_changes_after_it_was_made(patch: Patch) -> None:
 
 @mutant
 def an_evicted_block_is_not_swapped_out(patch: Patch) -> None:
-    rewrite(patch, planning, "_swap_out", "yield SwapOut(block, slot, key)", "yield from ()")
+    rewrite(patch, planning, "_swap_out", "yield SwapOut(evicted.block", "SwapOut(evicted.block")
 
 
 @mutant
@@ -379,12 +380,12 @@ def restored_blocks_take_no_room(patch: Patch) -> None:
 
 @mutant
 def a_failed_step_leaves_its_blocks_in_the_host_tier(patch: Patch) -> None:
-    rewrite(patch, scheduler, "fail", "core.host.forget_since(", "len(core.host) + (")
+    rewrite(patch, scheduler, "fail", "core.host.undo(plans)", "pass")
 
 
 @mutant
 def a_slot_is_lost_with_a_failed_step(patch: Patch) -> None:
-    rewrite(patch, HostTier, "forget_since", "self._free.append(", "str(")
+    rewrite(patch, HostTier, "_drop", "self._free.append(", "str(")
 
 
 @mutant
@@ -507,3 +508,81 @@ def an_abort_forgets_the_request(patch: Patch) -> None:
 @mutant
 def a_state_can_be_used_twice(patch: Patch) -> None:
     patch.setattr(SchedulerState, "_take", SchedulerState._peek)
+
+
+# What must not stay, and what everybody shares.
+
+
+@mutant
+def what_goes_free_is_not_erased(patch: Patch) -> None:
+    rewrite(patch, Core, "_stop", "erase=seq.tag.time_to_live > 0", "erase=False")
+
+
+@mutant
+def nothing_expires(patch: Patch) -> None:
+    patch.setattr(BlockPool, "expire", lambda self: None)
+
+
+@mutant
+def nothing_expires_in_host_memory(patch: Patch) -> None:
+    patch.setattr(HostTier, "expire", lambda self, now: None)
+
+
+@mutant
+def an_expired_block_is_not_erased(patch: Patch) -> None:
+    rewrite(patch, BlockPool, "_give_up", "erase=True", "erase=False")
+
+
+@mutant
+def an_evicted_block_is_not_erased(patch: Patch) -> None:
+    rewrite(patch, BlockPool, "_evict", "erase=expires > 0", "erase=False")
+
+
+@mutant
+def what_is_flushed_while_it_is_used_is_not_erased(patch: Patch) -> None:
+    rewrite(patch, Retention, "free", " or block in self._doomed", "")
+
+
+@mutant
+def a_dropped_slot_is_not_erased(patch: Patch) -> None:
+    rewrite(patch, HostTier, "_drop", "self._erased.append(slot)", "pass")
+
+
+@mutant
+def a_copy_is_erased(patch: Patch) -> None:
+    rewrite(patch, planning, "plan_step", "if block not in copied", "")
+
+
+@mutant
+def a_failed_plan_is_taken_to_have_erased(patch: Patch) -> None:
+    rewrite(patch, HostTier, "undo", "for plan in plans:", "for plan in ():")
+
+
+@mutant
+def a_flush_forgets_no_block(patch: Patch) -> None:
+    patch.setattr(BlockPool, "flush", lambda self, domain: None)
+
+
+@mutant
+def a_flush_forgets_no_host_block(patch: Patch) -> None:
+    patch.setattr(HostTier, "flush", lambda self, domain: None)
+
+
+@mutant
+def domains_share_what_follows_a_public_prefix(patch: Patch) -> None:
+    patch.setattr(sequences, "joined_key", lambda root, public: public)
+
+
+@mutant
+def what_a_domain_sends_becomes_public(patch: Patch) -> None:
+    rewrite(patch, Sequence, "extend_keys", "or key in public", "or public")
+
+
+@mutant
+def a_lost_public_prefix_stays_pinned(patch: Patch) -> None:
+    rewrite(patch, scheduler, "fail", "core.unpin()", "pass")
+
+
+@mutant
+def a_request_counts_on_pinned_blocks(patch: Patch) -> None:
+    rewrite(patch, scheduler, "admit", "- len(state._peek().public.keys)", "")

@@ -14,6 +14,8 @@ from engine.core.limits import Limits
 from engine.types import Domain, Request, StepPlan, TokenLogprobs
 
 VOCABULARY = 5
+# Milliseconds for which what some domains leave may stay.
+TIMES_TO_LIVE = {Domain("alice", "salt"): 40, Domain("bob"): 200}
 
 
 class History:
@@ -54,23 +56,43 @@ class History:
             self._block = nodes[::-1]
         return self._block
 
-    def key(self, block_size: int, fingerprint: str) -> bytes:
-        """The key that the block which ends here must have; written down a second time."""
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """All of them, the first one first."""
+        node, tokens = self, []
+        while node.parent is not None:
+            tokens.append(node.token)
+            node = node.parent
+        return tuple(tokens[::-1])
+
+    def key(self, block_size: int, fingerprint: str, public: tuple[int, ...]) -> bytes:
+        """The key that the block which ends here must have; written down a second time.
+
+        `public` is the text whose full blocks every domain shares.
+        """
         if self._key is None:
-            nodes = self.block(block_size)
-            before = nodes[0].parent
-            assert before is not None
-            if before.parent is None:
-                parts = (self.domain.tenant, self.domain.salt, fingerprint)
-                data = b"octavo.block.v1"
-                for part in parts:
-                    data += len(part.encode()).to_bytes(8, "little") + part.encode()
-                parent = hashlib.sha256(data).digest()
-            else:
-                parent = before.key(block_size, fingerprint)
-            tokens = b"".join(struct.pack("<i", node.token) for node in nodes)
-            self._key = hashlib.sha256(parent + tokens).digest()
+            tokens = self.tokens
+            shared = 0  # blocks
+            while tokens[: (shared + 1) * block_size] == public[: (shared + 1) * block_size] and (
+                (shared + 1) * block_size <= min(len(public), len(tokens))
+            ):
+                shared += 1
+            own = _hash_of(b"octavo.block.v1", self.domain.tenant, self.domain.salt, fingerprint)
+            key = _hash_of(b"octavo.public.v1", fingerprint) if shared else own
+            for start in range(0, len(tokens), block_size):
+                if shared and start == shared * block_size:
+                    key = hashlib.sha256(b"octavo.joined.v1" + own + key).digest()
+                block = tokens[start : start + block_size]
+                packed = b"".join(struct.pack("<i", token) for token in block)
+                key = hashlib.sha256(key + packed).digest()
+            self._key = key
         return self._key
+
+
+def _hash_of(version: bytes, *parts: str) -> bytes:
+    for part in parts:
+        version += len(part.encode()).to_bytes(8, "little") + part.encode()
+    return hashlib.sha256(version).digest()
 
 
 class Record:
@@ -150,4 +172,5 @@ def logprob_at(record: Record, target: int) -> TokenLogprobs:
 def plain(plan: StepPlan) -> Sequence[object]:
     """A plan as values that compare with ==, arrays included."""
     rows = [(*row[:5], row.block_ids.tolist(), *row[6:]) for row in plan.rows]
-    return plan.step, rows, plan.block_copies, plan.preempted
+    moves = (plan.block_copies, plan.swap_outs, plan.swap_ins)
+    return plan.step, rows, moves, plan.preempted, plan.erased_blocks, plan.erased_slots

@@ -11,7 +11,7 @@ from collections import Counter
 from engine.core.limits import Limits
 from engine.sampling import SamplingParams
 from engine.types import Domain, FinishReason, Fork, Request
-from tests.core.oracle import VOCABULARY
+from tests.core.oracle import TIMES_TO_LIVE, VOCABULARY
 from tests.core.simulation import Simulation
 
 Numbers = dict[str, int]
@@ -30,6 +30,7 @@ LIMITS: Ranges = {
     "host_blocks": (-4, 12),  # none if it is not above 0
     "max_preemptions": (1, 2),
     "max_in_flight": (1, 3),
+    "public": (-30, 12),  # tokens of a text that is public; none if it is not above 0
 }
 REQUEST: Ranges = {
     "identity": (0, 9),  # below 2: a request that was aborted; 2: an id that may be in use
@@ -54,6 +55,8 @@ WEIGHTS = {
     "copy": 4,
     "fail": 1,
     "fail unlaunched": 1,
+    "tick": 6,
+    "flush": 1,
 }
 
 
@@ -75,8 +78,20 @@ def make_limits(numbers: Numbers) -> Limits:
 
 
 def make_simulation(numbers: Numbers) -> Simulation:
-    """A simulation with these limits."""
-    return Simulation(make_limits(numbers), numbers["max_in_flight"])
+    """A simulation with these limits, whose cache has a public prefix."""
+    simulation = Simulation(make_limits(numbers), numbers["max_in_flight"])
+    limits, length = simulation.limits, numbers["public"]
+    fits = 2 * (length // limits.block_size) <= limits.num_blocks
+    if length > 0 and limits.prefix_reuse and fits and length < limits.max_model_len:
+        prompt = text_of(0, length)
+        greedy = SamplingParams(temperature=0.0)
+        simulation.admit(Request("public", prompt, greedy, max_tokens=1, is_public=True))
+    return simulation
+
+
+def text_of(family: int, length: int) -> tuple[int, ...]:
+    """The beginning of one of a few texts."""
+    return tuple((family * 7 + index * index) % VOCABULARY for index in range(length))
 
 
 def make_request(numbers: Numbers, simulation: Simulation, serial: int) -> Request:
@@ -84,7 +99,7 @@ def make_request(numbers: Numbers, simulation: Simulation, serial: int) -> Reque
     if numbers["identity"] < 2 and simulation.aborted:
         return simulation.aborted[-1]  # the very same object, as its steps may be in flight
     family, shared = numbers["family"], numbers["shared"]
-    text = tuple((family * 7 + index * index) % VOCABULARY for index in range(shared))
+    text = text_of(family, shared)
     if numbers["follow_up"] < 3 and simulation.transcripts:
         text = simulation.transcripts[shared % len(simulation.transcripts)]
     own = tuple((serial * 3 + index) % VOCABULARY for index in range(numbers["own"]))
@@ -95,13 +110,15 @@ def make_request(numbers: Numbers, simulation: Simulation, serial: int) -> Reque
         prompt_logprobs=0 if numbers["prompt_logprobs"] < 2 else None,
     )
     name = f"r{serial - 1 if numbers['identity'] == 2 else serial}"
+    domain = DOMAINS[max(0, numbers["domain"] - 2)]
     return Request(
         name,
         prompt,
         sampling,
         max_tokens=numbers["max_tokens"],
         stop_ids=frozenset({numbers["stop"]}),
-        domain=DOMAINS[max(0, numbers["domain"] - 2)],
+        domain=domain,
+        cache_ttl=TIMES_TO_LIVE.get(domain, 0),
         priority=max(0, numbers["priority"] - 3),
         forks=tuple(Fork(f"{name}/{number}", number) for number in range(1, numbers["forks"] + 1)),
     )
@@ -109,7 +126,7 @@ def make_request(numbers: Numbers, simulation: Simulation, serial: int) -> Reque
 
 def possible(simulation: Simulation) -> set[str]:
     """The operations that make sense now."""
-    names = {"admit", "abort", "fail"}
+    names = {"admit", "abort", "fail", "tick", "flush"}
     if len(simulation.in_flight) < simulation.max_in_flight:
         names |= {"schedule", "copy", "fail unlaunched"}
     if simulation.in_flight:
@@ -129,6 +146,10 @@ def perform(simulation: Simulation, operation: str, numbers: Numbers, serial: in
         simulation.schedule()
     elif operation == "commit":
         simulation.commit()
+    elif operation == "tick":
+        simulation.tick(5 * numbers["shared"])
+    elif operation == "flush":
+        simulation.flush((None, *DOMAINS)[numbers["shared"] % (len(DOMAINS) + 1)])
     elif operation == "copy":
         simulation.copy_and_compare(adopt=numbers["family"] == 0)
     else:

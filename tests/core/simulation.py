@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine.core import scheduler
+from engine.core import scheduler, upkeep
 from engine.core.block_pool import BlockPool
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState, StaleState
@@ -32,7 +32,7 @@ from engine.types import (
     StepTokens,
     TokenLogprobs,
 )
-from tests.core.oracle import History, Record, logprob_at, plain
+from tests.core.oracle import TIMES_TO_LIVE, History, Record, logprob_at, plain
 
 if TYPE_CHECKING:
     from engine.runtime.event_log import Recorder
@@ -77,9 +77,36 @@ class Simulation:
         self._held: list[list[int]] = []  # the running sequences' blocks after the last operation
         self._cached: set[int] = set()
         self._unlaunched: StepPlan | None = None
+        self.now = 0  # milliseconds
+        self.public: tuple[int, ...] = ()  # the text that every domain shares,
+        self._pinned: Request | None = None  # and the request that it was computed for
+        self._left_at: dict[int, int] = {}  # when the last owner of a cached block left it
         self._wipe()
 
     # Operations.
+
+    def tick(self, milliseconds: int) -> None:
+        """Let time pass."""
+        self.now += milliseconds
+        old = self.state
+        self.state = upkeep.tick(self.state, self.now)
+        if self.recorder:
+            self.recorder.tick(self.now)
+        self._assert_consumed(old)
+        self._after("tick")
+
+    def flush(self, domain: Domain | None) -> None:
+        """Forget what a domain left, or all. Nobody finds it any more, wherever it lies."""
+        old = self.state
+        self.state = upkeep.flush(self.state, domain)
+        if self.recorder:
+            self.recorder.flush(domain)
+        self._assert_consumed(old)
+        core = self.state._peek()
+        assert isinstance(core.pool, BlockPool)
+        tags = [*core.pool.retention._tags.values(), *(e.tag for e in core.host._entries.values())]
+        assert all(tag.domain is None or domain not in (None, tag.domain) for tag in tags)
+        self._after("flush")
 
     def admit(self, request: Request) -> None:
         """Queue a request, which may be refused for the reasons that a record can tell."""
@@ -88,11 +115,15 @@ class Simulation:
         longest = min(num_prompt + request.max_tokens, limits.max_model_len) - 1
         waiting = sum(not record.has_slot for record in self.records.values())
         names = request.names
+        if request.is_public:
+            self.public = request.prompt_ids
+        shared = len(self.public) // limits.block_size
         if (
             len(set(names) - self.records.keys()) < len(names)
             or len(names) > limits.max_num_seqs
             or num_prompt + 1 > limits.max_model_len
-            or -(-longest // limits.block_size) > limits.num_blocks
+            or -(-longest // limits.block_size)
+            > limits.num_blocks - (0 if request.is_public else shared)
         ):
             expected: type[Exception] | None = InvalidRequest
         else:
@@ -108,16 +139,19 @@ class Simulation:
             assert expected is None, f"{request} was admitted, expected {expected}"
             if self.recorder:
                 self.recorder.admit(request)
-            root = self._roots.setdefault(request.domain, History(request.domain, None, -1))
-            first = Record(request, root, limits, self._num_arrivals)
-            self.records[request.request_id] = first
-            for number, fork in enumerate(request.forks, 1):
-                self.records[fork.request_id] = Record(
-                    request.fork(fork), root, limits, self._num_arrivals + number, first
-                )
-            self._num_arrivals += len(names)
+            self._record(request)
             self._assert_consumed(old)
         self._after("admit")
+
+    def _record(self, request: Request) -> None:
+        root = self._roots.setdefault(request.domain, History(request.domain, None, -1))
+        first = Record(request, root, self.limits, self._num_arrivals)
+        self.records[request.request_id] = first
+        for number, fork in enumerate(request.forks, 1):
+            self.records[fork.request_id] = Record(
+                request.fork(fork), root, self.limits, self._num_arrivals + number, first
+            )
+        self._num_arrivals += len(request.names)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request from outside, be it there or not."""
@@ -130,7 +164,8 @@ class Simulation:
             assert outputs == (self._output(record, (), reason),)
             if self.recorder:
                 self.recorder.abort(request_id, reason)
-            self.aborted.append(record.request)
+            if not record.request.is_public:  # which come first, or not at all
+                self.aborted.append(record.request)
             self.counts["aborted"] += 1
         self._assert_consumed(old)
         self._after("abort")
@@ -153,9 +188,12 @@ class Simulation:
         if plan.rows:
             self.in_flight.append(self._launch(plan))
         else:
-            assert self.in_flight or not self.records, "nothing is in flight, and nothing can run"
+            self._move(plan)
+            moves = plan.erased_blocks or plan.erased_slots
+            assert self.in_flight or not self.records or moves, "nothing can run"
             self.counts["empty plans"] += 1
         self._after("schedule")
+        self._check_erased()
         return plan
 
     def commit(self) -> tuple[StepOutput, ...]:
@@ -179,6 +217,8 @@ class Simulation:
                 record = self._remove(output.request_id)
                 length = record.num_prompt + record.num_committed
                 self.transcripts.append(record.tokens(0, length))
+                if record.request.is_public:
+                    self._pinned = record.request
                 self.counts[f"finished: {output.finish_reason}"] += 1
         self._after("commit")
         return outputs
@@ -207,10 +247,14 @@ class Simulation:
         for record in self.records.values():
             record.num_preempted += record.has_slot
             record.lose_slot()
+        if self._pinned is not None:  # it is computed once more
+            self._record(self._pinned)
+            self._pinned = None
         self.in_flight.clear()
         self._unlaunched = None
         self._wipe()
         assert self.state.pool.free == self.limits.num_blocks, "a name outlived its contents"
+        self._left_at.clear()
         self.counts["failed requests"] += len(ended)
         self._after("fail")
 
@@ -247,8 +291,8 @@ class Simulation:
         longest = max((record.max_total for record in self.records.values()), default=0)
         bound = 2 * (len(self.records) + 1) * (longest + 2 * self.max_in_flight)
         steps = 0
-        while self.records or self.in_flight:
-            if len(self.in_flight) < self.max_in_flight and self.records:
+        while self.records or self.in_flight or not self.state.is_idle:
+            if len(self.in_flight) < self.max_in_flight and not self.state.is_idle:
                 self.schedule()
                 steps += 1
             if len(self.in_flight) == self.max_in_flight or (
@@ -257,7 +301,7 @@ class Simulation:
                 self.commit()
             assert steps <= bound, f"{len(self.records)} requests are left after {steps} steps"
         assert self.state.is_idle
-        assert self.state.pool.owned == 0, "an idle scheduler holds blocks"
+        assert self.state.pool.owned == self._num_pinned(), "an idle scheduler holds blocks"
         return steps
 
     def _remove(self, request_id: str) -> Record:
@@ -312,18 +356,41 @@ class Simulation:
         return InFlight(plan, tokens, records, plain(plan))
 
     def _move(self, plan: StepPlan) -> None:
-        """Copies and swaps: all that is read is read before anything is written."""
+        """Copies, erasures and swaps: all that is read is read before anything is written."""
         copied = {copy.destination: list(self.kv[copy.source]) for copy in plan.block_copies}
-        copied |= {swap.block: list(self.host[swap.slot]) for swap in plan.swap_ins}
+        incoming = {swap.block: list(self.host[swap.slot]) for swap in plan.swap_ins}
+        outgoing: dict[int, list[History | None]] = {}
         for block, slot, key in plan.swap_outs:
             last = self.kv[block][-1]
             assert last is not None, "an unwritten block is swapped out"
-            assert key == last.key(self.limits.block_size, self.limits.fingerprint)
-            self.host[slot] = list(self.kv[block])
-            self.counts["swapped out"] += 1
-        for block, contents in copied.items():
+            assert key == self._key(last)
+            outgoing[slot] = list(self.kv[block])
+        nothing: list[History | None] = [None] * self.limits.block_size
+        for slot in plan.erased_slots:
+            self.host[slot] = nothing.copy()
+        self.host |= outgoing
+        erased = {block: nothing.copy() for block in plan.erased_blocks}
+        assert len(erased) == len(plan.erased_blocks)
+        for block, contents in [*copied.items(), *erased.items(), *incoming.items()]:
             self.kv[block] = contents
-        self.counts["swapped in"] += len(plan.swap_ins)
+        self.counts["swapped in"] += len(incoming)
+        self.counts["swapped out"] += len(outgoing)
+        self.counts["erased blocks"] += len(erased)
+        self.counts["erased slots"] += len(plan.erased_slots)
+
+    def _key(self, last: History) -> bytes:
+        return last.key(self.limits.block_size, self.limits.fingerprint, self.public)
+
+    def _is_same(self, here: History | None, own: History, full: History) -> bool:
+        """Whether a place holds what a sequence would have put there, be it by another domain
+        where the block that ends with `full` is public."""
+        if here is own:
+            return True
+        tokens = full.tokens
+        if here is None or tokens != self.public[: len(tokens)]:
+            return False
+        self.counts["public positions read"] += here.domain != own.domain
+        return here.tokens == own.tokens
 
     def _run_row(
         self,
@@ -343,7 +410,8 @@ class Simulation:
         is_parting = row.logits_of is not None
         for position in range(0, 0 if is_parting else start, block_size):
             here = self.kv[blocks[position // block_size]][: min(block_size, start - position)]
-            if here != own[position : position + len(here)]:
+            ours = own[position : position + len(here)]
+            if not all(self._is_same(*pair, ours[-1]) for pair in zip(here, ours, strict=True)):
                 raise AssertionError(f"a block holds something else than {record.request}")
         if row.history is not None:
             self.slots[row.slot] = Slot(-1, list(row.history))
@@ -354,7 +422,7 @@ class Simulation:
         if start and not is_parting:  # as attention would: what is there, not what ought to be
             found = self.kv[blocks[(start - 1) // block_size]][(start - 1) % block_size]
             assert found is not None
-            history = found
+            history = found if found.tokens != own[start - 1].tokens else own[start - 1]
         for position, token in enumerate(tokens, start):
             history = history.then(token)
             place = blocks[position // block_size], position % block_size
@@ -486,25 +554,57 @@ class Simulation:
         state = self.state
         state.check()
         assert sum(state.pool) == self.limits.num_blocks
-        assert state.is_idle == (not self.records)
+        assert state.is_idle or self.records or state._peek().pool.retention.has_erased or self.host
         assert state.num_running == sum(record.has_slot for record in self.records.values())
         assert state.num_waiting == len(self.records) - state.num_running
         if state.num_running == 0:
-            assert state.pool.owned == 0
+            assert state.pool.owned == self._num_pinned()
         self._check_names()
         self._check_eviction_order()
+
+    def _num_pinned(self) -> int:
+        return sum(map(len, self.state._peek().public.owned_blocks))
+
+    def _check_erased(self) -> None:
+        """What must not stay is nowhere: neither in the pool nor in the host tier."""
+        core = self.state._peek()
+        pool = core.pool
+        assert isinstance(pool, BlockPool)
+        running = {
+            block: seq.request.domain for seq in core.running for block in seq.owned_blocks()
+        }
+        for block, contents in enumerate(self.kv):
+            limited = {TIMES_TO_LIVE.get(h.domain, 0) and h.domain for h in contents if h} - {0}
+            if not limited or any(h and self._is_public(h) for h in contents):
+                continue
+            if block in pool._cached:
+                (domain,) = limited
+                assert isinstance(domain, Domain)
+                assert self._left_at[block] + TIMES_TO_LIVE[domain] > self.now, "kept too long"
+            else:
+                assert limited == {running.get(block)}, "a block of nobody's was not erased"
+        entries = {entry.slot: entry for entry in core.host._entries.values()}
+        for slot, contents in self.host.items():
+            for history in contents:
+                if history and TIMES_TO_LIVE.get(history.domain) and not self._is_public(history):
+                    assert entries[slot].expires > self.now, "kept too long in host memory"
+
+    def _is_public(self, history: History) -> bool:
+        tokens = history.tokens
+        full = -(-len(tokens) // self.limits.block_size) * self.limits.block_size
+        return full <= len(self.public) and tokens == self.public[: len(tokens)]
 
     def _check_names(self) -> None:
         """Every name is true: the block holds what its key says, on the device, now."""
         pool = self.state._peek().pool
         assert isinstance(pool, BlockPool)
-        block_size, fingerprint = self.limits.block_size, self.limits.fingerprint
+        block_size = self.limits.block_size
         for block, key in pool._key_of.items():
             contents = self.kv[block]
             last = contents[-1]
             assert last is not None, "a block was named before it was written"
             assert contents == last.block(block_size), "a named block's contents are torn"
-            assert key == last.key(block_size, fingerprint), "a block's name is not true"
+            assert key == self._key(last), "a block's name is not true"
         self.counts["evicted"] += len(self._named - pool._key_of.keys())
         self._named = set(pool._key_of)
 
@@ -513,6 +613,7 @@ class Simulation:
         core = self.state._peek()
         assert isinstance(core.pool, BlockPool)
         released = [block for block in core.pool._cached if block not in self._cached]
+        self._left_at |= dict.fromkeys(released, self.now)
         if len(released) > 1:
             for blocks in self._held:
                 order = [blocks.index(block) for block in released if block in blocks]

@@ -46,6 +46,8 @@ EVENTS = (
     "copies",
     "empty plans",
     "evicted",
+    "erased blocks",
+    "erased slots",
     "failed requests",
     "finished: length",
     "finished: stop",
@@ -54,6 +56,7 @@ EVENTS = (
     "operation: copy",
     "parted",
     "preempted",
+    "public positions read",
     "refused",
     "resumed",
     "rows dropped",
@@ -109,6 +112,18 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(adopt=st.booleans())
     def copy(self, adopt: bool) -> None:
         self.perform("copy", {"family": 1 - adopt})
+
+    @rule(shared=st.integers(0, 20))
+    def tick(self, shared: int) -> None:
+        self.perform("tick", {"shared": shared})
+
+    @rule(shared=st.integers(0, 20))
+    def flush(self, shared: int) -> None:
+        """Mostly another step: little is left to see after one."""
+        if shared <= 5:
+            self.perform("flush", {"shared": shared})
+        elif self.can("schedule"):
+            self.perform("schedule", {})
 
     @rule(luck=st.integers(0, 5))
     def fail(self, luck: int) -> None:

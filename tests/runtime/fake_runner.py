@@ -94,6 +94,11 @@ class FakeRunner:
             raise DeviceFailed(f"launch {number} failed")
         return FakeLaunched(plan, self, number)
 
+    def move_blocks(self, plan: StepPlan) -> None:
+        """What a plan without rows is for."""
+        if plan.moves_blocks:
+            self.events.append(f"erase {len(plan.erased_blocks)}")
+
     def reset(self) -> None:
         """Begin anew."""
         self.events.append("reset")

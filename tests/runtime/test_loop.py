@@ -16,7 +16,8 @@ from engine.core import scheduler
 from engine.core.batching import Batch
 from engine.runtime import compiles, loop
 from engine.runtime.event_log import replay
-from engine.runtime.loop import EngineLoop, EngineStopped, StepRecord
+from engine.runtime.figures import StepRecord
+from engine.runtime.loop import EngineLoop, EngineStopped
 from engine.runtime.runner import Launched
 from engine.sampling import InvalidRequest
 from engine.types import FinishReason, QueueFull, StepPlan, StepTokens
@@ -338,6 +339,9 @@ class FlakyRunner:
         if self._how == "after":
             raise DeviceFailed("the pool is donated, and its successor lost")
         return FailingLaunch(launched)
+
+    def move_blocks(self, plan: StepPlan) -> None:
+        self._runner.move_blocks(plan)
 
     def reset(self) -> None:
         self._runner.reset()

@@ -72,6 +72,7 @@ class FakeEngine(Engine):
         self.padding = ""
         self.yielded = 0
         self.is_closed = False
+        self.flushed: list[Domain | None] = []
 
     async def generate(
         self,
@@ -171,6 +172,10 @@ class FakeEngine(Engine):
         values: dict[str, Any] = {field.name: number for number, field in enumerate(fields, 1)}
         values |= {"finished": dict(self.finished), "held_steps": {"blocks": 3, "slots": 5}}
         return EngineStats(**values)
+
+    async def flush(self, domain: Domain | None) -> int:
+        self.flushed.append(domain)
+        return 7
 
     def close(self) -> None:
         self.is_closed = True

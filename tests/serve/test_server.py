@@ -21,7 +21,7 @@ from engine.config import ServerConfig
 from engine.frontend import EngineStats
 from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.serve.server import AddressUnavailable, Server, serve
-from engine.types import FinishReason
+from engine.types import Domain, FinishReason
 from tests.conftest import ROOT
 from tests.serve.fake_engine import FakeEngine, collect
 
@@ -252,3 +252,11 @@ async def test_clients_are_told_a_reachable_address_and_a_public_one_is_worth_a_
     async with AsyncClient(server.address) as client:
         assert await client.is_ready()
     await server.stop()
+
+
+async def test_a_flush_is_of_the_callers_own_domain(client: AsyncClient, fake: FakeEngine) -> None:
+    assert await client.flush("salt") == 7
+    assert await client.flush() == 7
+    assert fake.flushed == [Domain("default", "salt"), Domain("default", "")]
+    with pytest.raises(ServiceError, match="cache_salt"):
+        await client.flush("x" * 257)

@@ -59,6 +59,11 @@ class GenerationStub(object):
                 request_serializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetStatsRequest.SerializeToString,
                 response_deserializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetStatsResponse.FromString,
                 _registered_method=True)
+        self.FlushCache = channel.unary_unary(
+                '/octavo.v1.Generation/FlushCache',
+                request_serializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.FlushCacheRequest.SerializeToString,
+                response_deserializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.FlushCacheResponse.FromString,
+                _registered_method=True)
         self.Abort = channel.unary_unary(
                 '/octavo.v1.Generation/Abort',
                 request_serializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.AbortRequest.SerializeToString,
@@ -106,6 +111,14 @@ class GenerationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def FlushCache(self, request, context):
+        """Forgets what the caller's own requests left in the cache: those of its tenant with the given
+        cache_salt. It is erased at once, but for what running requests hold: that, when they end.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def Abort(self, request, context):
         """Ends a running request: its stream ends with FINISH_REASON_ABORT. Idempotent: aborting a
         request that has ended, or never was, succeeds.
@@ -141,6 +154,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.GetStats,
                     request_deserializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetStatsRequest.FromString,
                     response_serializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetStatsResponse.SerializeToString,
+            ),
+            'FlushCache': grpc.unary_unary_rpc_method_handler(
+                    servicer.FlushCache,
+                    request_deserializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.FlushCacheRequest.FromString,
+                    response_serializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.FlushCacheResponse.SerializeToString,
             ),
             'Abort': grpc.unary_unary_rpc_method_handler(
                     servicer.Abort,
@@ -283,6 +301,33 @@ class Generation(object):
             '/octavo.v1.Generation/GetStats',
             engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetStatsRequest.SerializeToString,
             engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetStatsResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def FlushCache(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.v1.Generation/FlushCache',
+            engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.FlushCacheRequest.SerializeToString,
+            engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.FlushCacheResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,0 +1,78 @@
+"""Prefixes that an operator declares public: every domain matches them, and they are never evicted.
+
+They are computed as requests like others; when one ends, its full blocks stay owned here.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import NamedTuple
+
+from engine.core.block_pool import BlockPool
+from engine.core.contiguous import ContiguousPool
+from engine.core.limits import Limits
+from engine.sampling import InvalidRequest
+from engine.types import Request
+
+
+class _Pinned(NamedTuple):
+    request: Request
+    blocks: list[int]
+
+
+class PublicPrefixes:
+    """Their keys, and the blocks of those that are computed. Mutable, owned by one core.
+
+    Attributes:
+      keys: of every full block of every prefix, computed or not.
+    """
+
+    __slots__ = ("_pinned", "keys")
+
+    def __init__(self) -> None:
+        self.keys: set[bytes] = set()
+        self._pinned: list[_Pinned] = []
+
+    @property
+    def owned_blocks(self) -> list[list[int]]:
+        """The blocks that each computed prefix holds."""
+        return [pinned.blocks for pinned in self._pinned]
+
+    def check_admission(self, request: Request, limits: Limits, others: Iterable[Request]) -> None:
+        """Raise InvalidRequest if a prefix can't be kept beside what is there.
+
+        What is pinned is lost to all others: nobody may be counting on it, and most must be left.
+        """
+        if not limits.prefix_reuse:
+            raise InvalidRequest("is_public", "needs a cache that is reused; turn prefix_reuse on")
+        if request.forks:
+            raise InvalidRequest("n", "a public prefix is computed once; ask for one sample")
+        if not all(other.is_public for other in others):
+            raise InvalidRequest("is_public", "public prefixes come before all other requests")
+        pinned = len(self.keys) + len(request.prompt_ids) // limits.block_size
+        if pinned > limits.num_blocks // 2:
+            raise InvalidRequest(
+                "prompt",
+                f"with it, public prefixes take {pinned} blocks, but at most half of the cache's "
+                f"{limits.num_blocks} may be kept for them; shorten them or enlarge the cache",
+            )
+
+    def pin(self, request: Request, keys: list[bytes], pool: BlockPool | ContiguousPool) -> None:
+        """Own the blocks of a prefix that is computed; those that others find under its keys."""
+        blocks = pool.match(keys)
+        pool.share(blocks)
+        self._pinned.append(_Pinned(request, blocks))
+
+    def unpin(self, pool: BlockPool | ContiguousPool) -> list[Request]:
+        """Give all blocks up, as their contents are lost. Returns what must be computed again."""
+        pinned, self._pinned = self._pinned, []
+        for _, blocks in pinned:
+            pool.release(blocks)
+        return [request for request, _ in pinned]
+
+    def copy(self) -> PublicPrefixes:
+        """Independent ones in the same state."""
+        other = PublicPrefixes()
+        other.keys = self.keys.copy()
+        other._pinned = self._pinned.copy()
+        return other

@@ -1,0 +1,125 @@
+"""How long the contents of blocks may stay: whose they are, when they expire, which to erase.
+
+The pool asks it at the few places where a block's contents begin or cease to matter. A block that
+must not keep what it holds is named for the next plan, which fills it with zeros.
+"""
+
+from __future__ import annotations
+
+import heapq
+from typing import NamedTuple
+
+from engine.types import Domain
+
+
+class Tag(NamedTuple):
+    """Whose a block's contents are.
+
+    Attributes:
+      domain: None if they are public.
+      time_to_live: milliseconds they may stay when nobody uses them; 0: no limit.
+    """
+
+    domain: Domain | None = None
+    time_to_live: int = 0
+
+
+PUBLIC = Tag()
+
+
+class Retention:
+    """Tags of the blocks that have a key, and what of them is to be erased. O(log blocks) each.
+
+    Attributes:
+      now: milliseconds; whoever has a clock moves it.
+    """
+
+    __slots__ = ("_doomed", "_erased", "_expiries", "_tags", "now")
+
+    def __init__(self) -> None:
+        self.now = 0
+        self._tags: dict[int, Tag] = {}
+        self._expiries: list[tuple[int, int]] = []  # a heap of (time, block); some are long past
+        self._doomed: set[int] = set()  # owned blocks that are erased when they go free
+        self._erased: list[int] = []
+
+    def keep(self, block: int, tag: Tag) -> None:
+        """A block can be found from now on."""
+        self._tags[block] = tag
+
+    def forget(self, block: int) -> Tag:
+        """It can't be found any more."""
+        return self._tags.pop(block)
+
+    def leave(self, block: int) -> int:
+        """Its last owner left it, and it can be found. Returns when it expires, 0 for never."""
+        time_to_live = self._tags[block].time_to_live
+        if not time_to_live:
+            return 0
+        expires = self.now + time_to_live
+        heapq.heappush(self._expiries, (expires, block))
+        return expires
+
+    def free(self, block: int, *, erase: bool) -> None:
+        """It is nobody's, and holds nothing that can be found."""
+        if erase or block in self._doomed:
+            self._doomed.discard(block)
+            self._erased.append(block)
+
+    def doom(self, block: int) -> None:
+        """It is still owned, and is to be erased when it goes free."""
+        self._doomed.add(block)
+
+    def of(self, domain: Domain | None) -> list[int]:
+        """The blocks that a domain left or holds, or with None all but the public ones."""
+        return [
+            block
+            for block, tag in self._tags.items()
+            if tag.domain is not None and domain in (None, tag.domain)
+        ]
+
+    @property
+    def next_expiry(self) -> int | None:
+        """When there may be something in `due`, or None."""
+        return self._expiries[0][0] if self._expiries else None
+
+    def due(self) -> list[tuple[int, int]]:
+        """(block, when it was to expire) of what may have expired since the last call."""
+        due = []
+        while self._expiries and self._expiries[0][0] <= self.now:
+            expires, block = heapq.heappop(self._expiries)
+            due.append((block, expires))
+        return due
+
+    @property
+    def has_erased(self) -> bool:
+        """Whether blocks wait to be erased."""
+        return bool(self._erased)
+
+    def take_erased(self) -> list[int]:
+        """Blocks whose contents must not stay, since the last call; they may be owned again."""
+        erased, self._erased = self._erased, []
+        return list(dict.fromkeys(erased))
+
+    def clear(self) -> None:
+        """Everything that the blocks held is lost."""
+        self._tags.clear()
+        self._expiries.clear()
+        self._doomed.clear()
+        self._erased.clear()
+
+    def copy(self) -> Retention:
+        """An independent one in the same state."""
+        other = Retention()
+        other.now = self.now
+        other._tags = self._tags.copy()
+        other._expiries = self._expiries.copy()
+        other._doomed = self._doomed.copy()
+        other._erased = self._erased.copy()
+        return other
+
+    def check(self, named: set[int], owned: set[int]) -> None:
+        """Assert what must hold beside the pool's own invariants. For tests."""
+        assert self._tags.keys() == named, "a name without a tag, or the reverse"
+        assert self._doomed <= owned, "a block that is not owned waits to go free"
+        assert not self._doomed & named, "a flushed block can be found"

@@ -1,0 +1,66 @@
+"""The prompts that an operator declares public (`cache.public_prefixes`): files become token ids.
+
+Every domain finds their blocks in the cache, so a file must hold nothing that a client may not
+know.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import msgspec
+
+from engine.config import Config, ConfigError, resolve_public_prefixes
+from engine.sampling import InvalidRequest, SamplingParams
+from engine.text import Message, Tokenizer
+from engine.types import Request
+
+PUBLIC_PREFIX = "public-prefix."  # begins their requests' names; a stream's have a # besides
+
+
+class _Turn(msgspec.Struct, forbid_unknown_fields=True):
+    role: str
+    content: str
+
+
+def read_public_prefixes(config: Config, tokenizer: Tokenizer) -> Iterator[Request]:
+    """The requests that compute them. A file without a whole block is left out.
+
+    A `.json` file holds the beginning of a chat, a list of {"role": …, "content": …}; any other is
+    the beginning of a text prompt.
+
+    Raises:
+      ConfigError: a file can't be read, or the model's template doesn't take its chat.
+    """
+    for number, path in enumerate(resolve_public_prefixes(config)):
+        ids = _token_ids(path, tokenizer)
+        if len(ids) >= config.cache.block_size:
+            yield Request(
+                f"{PUBLIC_PREFIX}{number}",
+                tuple(ids),
+                SamplingParams(temperature=0.0),
+                max_tokens=1,
+                priority=-(2**31),
+                is_public=True,
+            )
+
+
+def _token_ids(path: Path, tokenizer: Tokenizer) -> list[int]:
+    key = "cache.public_prefixes"
+    try:
+        if path.suffix != ".json":
+            return tokenizer.encode(path.read_text(encoding="utf-8"))
+        turns = msgspec.json.decode(path.read_bytes(), type=list[_Turn])
+        messages = [Message(turn.role, turn.content) for turn in turns]
+        return tokenizer.apply_chat_template(messages, add_generation_prompt=False)
+    except OSError as error:
+        raise ConfigError(f"{key}: can't read {path}: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ConfigError(f"{key}: {path} is not UTF-8 text") from None
+    except msgspec.MsgspecError as error:
+        raise ConfigError(
+            f'{key}: {path} is no list of {{"role": …, "content": …}} ({error})'
+        ) from None
+    except InvalidRequest as error:
+        raise ConfigError(f"{key}: {path}: {error.message}") from None

@@ -1,0 +1,75 @@
+"""What the step loop counts: a record of each step, and sums since the start."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Sequence
+
+from engine.types import StepOutput, StepPlan
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class StepRecord:
+    """One step's figures: seconds on the host by phase, tokens, rows and blocks.
+
+    `wait` is what the loop waited for the device; `device` is from the end of the previous
+    step's wait (or this one's launch, if later) to the end of its own.
+    """
+
+    schedule: float
+    build: float
+    launch: float
+    wait: float
+    commit: float
+    device: float
+    num_rows: int
+    num_tokens: int
+    padded_tokens: int
+    num_running: int
+    num_waiting: int
+    owned_blocks: int
+
+
+@dataclasses.dataclass(slots=True)
+class Totals:
+    """Running sums since the start."""
+
+    steps: int = 0
+    prompt_tokens: int = 0
+    cached_prompt_tokens: int = 0
+    generated_tokens: int = 0
+    computed_tokens: int = 0
+    padded_tokens: int = 0
+    preemptions: int = 0
+    copied_blocks: int = 0
+    swapped_out_blocks: int = 0
+    swapped_in_blocks: int = 0
+    failed_steps: int = 0
+    held_steps: Counter[str] = dataclasses.field(default_factory=Counter)
+    finished: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def add_plan(self, plan: StepPlan, holding: str | None) -> None:
+        """A step was planned; `holding` is why the head of the queue still waits."""
+        self.preemptions += len(plan.preempted)
+        self.copied_blocks += len(plan.block_copies)
+        self.swapped_out_blocks += len(plan.swap_outs)
+        self.swapped_in_blocks += len(plan.swap_ins)
+        if holding is not None:
+            self.held_steps[holding] += 1
+
+    def add_step(self, num_tokens: int, padded_tokens: int) -> None:
+        """A step was done that computed so many tokens, in a shape of so many."""
+        self.steps += 1
+        self.computed_tokens += num_tokens
+        self.padded_tokens += padded_tokens
+
+    def add_news(self, news: Sequence[object]) -> None:
+        """These reach the requests."""
+        for item in news:
+            if isinstance(item, StepOutput):
+                self.generated_tokens += len(item.token_ids)
+                if item.finish_reason is not None:
+                    self.finished[item.finish_reason.value] += 1
+                    self.prompt_tokens += item.num_prompt_tokens
+                    self.cached_prompt_tokens += item.num_cached_tokens

@@ -1,0 +1,225 @@
+"""What stays in the cache and for whom: times to live, flushing, and public prefixes."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import pytest
+
+from engine.core import upkeep
+from engine.core.block_pool import BlockPool
+from engine.sampling import InvalidRequest
+from engine.types import Domain, Request, StepPlan
+from tests.core.driver import Driver, make_request, row_of
+
+ALICE, BOB = Domain("alice"), Domain("bob")
+TEXT = tuple(range(1, 13))  # three blocks
+
+
+def num_cached(driver: Driver, request: Request) -> int:
+    """How many prompt tokens a request finds. It runs to its end."""
+    driver.admit(request)
+    start = row_of(driver.step(), request.request_id).start
+    driver.run()
+    return start
+
+
+def tick(driver: Driver, now: int) -> None:
+    driver.state = upkeep.tick(driver.state, now)
+    driver.state.check()
+
+
+def flush(driver: Driver, domain: Domain | None) -> None:
+    driver.state = upkeep.flush(driver.state, domain)
+    driver.state.check()
+
+
+def names() -> Any:
+    return (f"r{number}" for number in range(100))
+
+
+# Time to live.
+
+
+def test_blocks_stay_for_their_time_to_live_and_are_then_erased() -> None:
+    driver = Driver()
+    tick(driver, 1_000)
+    old = make_request("old", TEXT, domain=ALICE, cache_ttl=500, max_tokens=4)
+    first = driver.admit(old) or driver.schedule()
+    blocks = row_of(first, "old").block_ids.tolist()
+    driver.commit(first)
+    driver.run()
+    assert driver.state.pool.cached == 3
+    assert driver.state.next_expiry == 1_500
+    tick(driver, 1_499)
+    assert driver.state.pool.cached == 3
+    assert driver.state.is_idle
+    tick(driver, 1_500)
+    assert driver.state.pool == (16, 0, 0)
+    assert not driver.state.is_idle, "what is left to do is to erase them"
+    plan = driver.schedule()
+    assert (plan.rows, sorted(plan.erased_blocks)) == ((), sorted(blocks[:3]))
+    assert driver.state.is_idle
+    assert driver.state.next_expiry is None
+    assert num_cached(driver, make_request("new", (*TEXT, 50), domain=ALICE)) == 0
+
+
+def test_use_prolongs_it_and_a_domain_without_a_limit_keeps_its_blocks() -> None:
+    driver, name = Driver(), names()
+    for domain, ttl in ((ALICE, 500), (BOB, 0)):
+        request = make_request(next(name), TEXT, domain=domain, cache_ttl=ttl, max_tokens=1)
+        assert num_cached(driver, request) == 0
+    for now in (400, 800, 1_200):
+        tick(driver, now)
+        request = make_request(next(name), (*TEXT, 50), domain=ALICE, cache_ttl=500, max_tokens=1)
+        assert num_cached(driver, request) == 12
+    tick(driver, 10_000)
+    assert num_cached(driver, make_request(next(name), (*TEXT, 50), domain=ALICE)) == 0
+    assert num_cached(driver, make_request(next(name), (*TEXT, 50), domain=BOB)) == 12
+
+
+def test_a_partial_block_is_erased_when_its_sequence_ends() -> None:
+    driver = Driver()
+    driver.admit(make_request("r", (*TEXT, 13, 14), domain=ALICE, cache_ttl=500, max_tokens=1))
+    plan = driver.step()
+    last = row_of(plan, "r").block_ids[3]
+    assert driver.schedule().erased_blocks == (last,)
+
+
+def test_what_goes_to_host_memory_expires_there_too() -> None:
+    driver, name = Driver(num_blocks=6, host_blocks=4), names()
+    num_cached(driver, make_request("a", TEXT, domain=ALICE, cache_ttl=500, max_tokens=1))
+    plans: list[StepPlan] = []
+    driver.admit(make_request("b", 20, domain=BOB, max_tokens=1))
+    plans += driver.run()
+    slots = [swap.slot for plan in plans for swap in plan.swap_outs]
+    assert len(slots) == 2
+    # The blocks that were evicted hold another's tokens now, and nothing of the first.
+    assert {swap.block for plan in plans for swap in plan.swap_outs} <= {
+        block for plan in plans for block in plan.erased_blocks
+    }
+    tick(driver, 500)
+    plan = driver.schedule()
+    assert sorted(plan.erased_slots) == sorted(slots)
+    assert num_cached(driver, make_request(next(name), (*TEXT, 50), domain=ALICE)) == 0
+
+
+def test_what_a_failed_plan_was_to_erase_is_erased_by_the_next() -> None:
+    driver = Driver(num_blocks=6, host_blocks=4)
+    num_cached(driver, make_request("a", TEXT, domain=ALICE, cache_ttl=500, max_tokens=1))
+    num_cached(driver, make_request("b", 20, domain=BOB, max_tokens=1))
+    tick(driver, 500)
+    plan = driver.schedule()
+    assert plan.erased_slots
+    driver.fail(plan)
+    assert set(plan.erased_slots) <= set(driver.schedule().erased_slots)
+
+
+# Flushing.
+
+
+@pytest.mark.parametrize("whose", [ALICE, None])
+def test_a_flush_forgets_a_domain_or_all(whose: Domain | None) -> None:
+    driver, name = Driver(), names()
+    for domain in (ALICE, BOB):
+        num_cached(driver, make_request(next(name), TEXT, domain=domain, max_tokens=1))
+    flush(driver, whose)
+    erased = driver.schedule().erased_blocks
+    assert len(erased) == (6 if whose is None else 3)
+    assert num_cached(driver, make_request(next(name), (*TEXT, 50), domain=ALICE)) == 0
+    expected = 0 if whose is None else 12
+    assert num_cached(driver, make_request(next(name), (*TEXT, 50), domain=BOB)) == expected
+
+
+def test_what_runs_during_a_flush_goes_on_unseen_and_is_erased_at_its_end() -> None:
+    driver = Driver()
+    driver.admit(make_request("old", TEXT, domain=ALICE))
+    plan = driver.step()
+    blocks = set(row_of(plan, "old").block_ids.tolist())
+    flush(driver, ALICE)
+    driver.admit(make_request("new", (*TEXT, 50), domain=ALICE, max_tokens=1))
+    plan = driver.step()
+    assert row_of(plan, "new").start == 0, "it found what was flushed"
+    plans = driver.run()
+    assert driver.tokens_of("old") == [7] * 8, "it was disturbed"
+    plans.append(driver.schedule())
+    assert blocks <= {block for plan in plans for block in plan.erased_blocks}
+
+
+# Public prefixes.
+
+
+def pin(driver: Driver, name: str = "public", text: tuple[int, ...] = TEXT) -> None:
+    driver.admit(make_request(name, text, max_tokens=1, is_public=True))
+    driver.run()
+
+
+def test_every_domain_shares_a_public_prefix_and_nothing_after_it() -> None:
+    driver, name = Driver(num_blocks=32), names()
+    pin(driver)
+    assert driver.state.num_pinned_blocks == 3
+    own = (*TEXT, 50, 51, 52, 53)
+    assert num_cached(driver, make_request(next(name), (*own, 60), domain=ALICE)) == 12
+    assert num_cached(driver, make_request(next(name), (*own, 60), domain=BOB)) == 12
+    assert num_cached(driver, make_request(next(name), (*own, 60), domain=ALICE)) == 16
+    # The control: without the declaration, nobody finds what another one sent.
+    driver = Driver(num_blocks=32)
+    num_cached(driver, make_request(next(name), TEXT, domain=BOB))
+    assert num_cached(driver, make_request(next(name), (*own, 60), domain=ALICE)) == 0
+
+
+def test_a_public_prefix_outlives_pressure_flushes_and_failures() -> None:
+    driver, name = Driver(), names()
+    pin(driver)
+    for _ in range(4):
+        num_cached(driver, make_request(next(name), 40, domain=ALICE))
+    flush(driver, None)
+    assert num_cached(driver, make_request(next(name), (*TEXT, 50), domain=BOB)) == 12
+    driver.admit(make_request("victim", 4))
+    driver.fail(driver.schedule())
+    assert driver.state.num_pinned_blocks == 0, "its contents are lost"
+    driver.run()
+    assert driver.state.num_pinned_blocks == 3, "and computed again"
+    assert num_cached(driver, make_request(next(name), (*TEXT, 50), domain=BOB)) == 12
+
+
+def test_a_prefix_that_generation_completes_is_public_too() -> None:
+    """Equal tokens make equal blocks, whoever computed them."""
+    driver, name = Driver(), names()
+    text = (*TEXT[:8], 7, 7, 7, 7)
+    pin(driver, text=text)
+    request = make_request(next(name), TEXT[:8], domain=ALICE, max_tokens=5)
+    assert num_cached(driver, request) == 4  # its last token must be computed
+    pool = driver.state._peek().pool
+    assert isinstance(pool, BlockPool)
+    tags = [pool.retention._tags[block] for block in pool.retention._tags]
+    assert all(tag.domain is None for tag in tags), "it was computed a second time for one domain"
+
+
+@pytest.mark.parametrize(
+    ("limits", "num_before", "message"),
+    [
+        ({"prefix_reuse": False}, 0, "turn prefix_reuse on"),
+        ({}, 1, "come before all other requests"),
+        ({"num_blocks": 5}, 0, "take 3 blocks, but at most half of the cache's 5"),
+    ],
+)
+def test_a_prefix_that_can_not_be_pinned_is_refused(
+    limits: dict[str, Any], num_before: int, message: str
+) -> None:
+    driver = Driver(**limits)
+    for number in range(num_before):
+        driver.admit(make_request(f"before {number}", 4))
+    with pytest.raises(InvalidRequest, match=message):
+        pin(driver)
+
+
+def test_a_request_must_fit_into_what_is_not_pinned() -> None:
+    driver = Driver(num_blocks=8)
+    driver.admit(make_request("r", 4, max_tokens=21))
+    driver.run()
+    pin(driver)
+    driver.admit(make_request("fits", 4, max_tokens=17))
+    with pytest.raises(InvalidRequest, match="may reach 21 tokens, but the whole cache holds 20"):
+        driver.admit(make_request("does not", 4, max_tokens=18))
+    driver.run()
