@@ -64,6 +64,7 @@ class LLM:
         *,
         overrides: Iterable[str] = (),
         record: str | None = None,
+        record_tokens: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> LLM:
         """Load a model as a config describes it.
@@ -72,6 +73,7 @@ class LLM:
           config: a YAML file, or a config.
           overrides: `dotted.key=value` strings, for a file.
           record: file to write the scheduler's event log to.
+          record_tokens: with requests and token ids in full; without, it holds neither.
           progress: called with (what is being done, done, in all).
 
         Raises:
@@ -79,7 +81,10 @@ class LLM:
         """
         if not isinstance(config, Config):
             config = config_file.load(os.fspath(config), overrides)
-        return cls(Engine.from_config(config, record=record, progress=progress))
+        engine = Engine.from_config(
+            config, record=record, record_tokens=record_tokens, progress=progress
+        )
+        return cls(engine)
 
     def generate(
         self,

@@ -37,6 +37,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"types", "config", "core", "weights"},
     "runtime": BELOW_SERVE - {"text"},
     "loading": BELOW_SERVE,  # from a config to a warm runner
+    "replay_tables": {"types", "core", "runtime"},
     "resolve": {"types", "core", "text"},
     "streams": {"types", "runtime", "text"},
     "frontend": BELOW_SERVE | {"loading", "resolve", "streams"},
@@ -196,7 +197,7 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
 def test_what_runs_without_a_device_never_loads_jax() -> None:
     units = (
         *("types", "config", "core", "memory_plan", "plan_tables", "client", "chat"),
-        *("simulate", "leakcheck"),
+        *("simulate", "leakcheck", "replay_tables"),
     )
     loaded = _loaded_after_importing(*_modules(*units))
     assert "engine.config" in loaded

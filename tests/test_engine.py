@@ -16,7 +16,7 @@ from engine.config_file import from_tree
 from engine.core.limits import Limits
 from engine.frontend import Delta, Engine, EngineStopped, Prompt
 from engine.loading import LoadedEngine, load_engine
-from engine.runtime.event_log import replay
+from engine.runtime.replay import replay
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.text import Message
 from engine.types import Domain, FinishReason, QueueFull

@@ -22,7 +22,7 @@ from engine.core import batching, scheduler
 from engine.core.block_pool import PoolCounts
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
-from engine.runtime.event_log import Recorder
+from engine.runtime.recorder import Recorder
 from engine.runtime.runner import Launched, Runner
 from engine.sampling import InvalidRequest
 from engine.types import FinishReason, QueueFull, Request, StepOutput, StepPlan
@@ -110,6 +110,7 @@ class EngineLoop:
       on_news: called on the loop's thread with each step's outputs and rejections; it must
         return quickly.
       record: file to write the event log to.
+      record_tokens: with requests and token ids in full.
       on_step: called with each step's figures, for benchmarks.
     """
 
@@ -119,6 +120,7 @@ class EngineLoop:
         limits: Limits,
         on_news: Callable[[News], None],
         record: str | None = None,
+        record_tokens: bool = False,
         on_step: Callable[[StepRecord], None] | None = None,
     ):
         self.limits = limits
@@ -136,7 +138,7 @@ class EngineLoop:
         self._live: dict[str, Request] = {}  # by each name of theirs
         self._deadlines: list[tuple[float, str]] = []
         self._planned: StepPlan | None = None  # planned, but not launched yet
-        self._recorder = Recorder(record, limits) if record else None
+        self._recorder = Recorder(record, limits, tokens=record_tokens) if record else None
         self._closing = False
         self._last_wait_end = 0.0
         self._gauges = (0, 0, self._state.pool)
