@@ -20,7 +20,7 @@ from engine.frontend import Engine, ModelInfo, Prompt
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.streams import Delta, Usage
 from engine.text import Message
-from engine.types import FinishReason, QueueFull, TokenLogprobs
+from engine.types import FinishReason, QueueFull, TokenLogprobs, Waited
 
 AnyPrompt = str | Sequence[int] | Sequence[dict[str, str]] | Sequence[Message]
 
@@ -39,6 +39,7 @@ class Completion:
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    waited: Waited | None = None
     others: tuple[Completion, ...] = ()
 
 
@@ -215,6 +216,7 @@ def _completion(deltas: list[Delta]) -> Completion:
         usage=last.usage,
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
         prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
+        waited=last.waited,
     )
 
 

@@ -5,12 +5,12 @@
 By default it holds no text, no token ids and no name that a client chose. Plans depend on how many
 tokens there are, on which blocks hold equal ones, and on which tokens ended a sequence. So a token
 is written as a *pseudo id*: 0, but at the last `MARKED` positions of each block 31 bits of a keyed
-hash of everything before it and itself, domain included. The key is drawn for each log and not
-kept, so nobody can try guesses of a prompt on the log; what can be seen is which prompts of a domain
-begin alike, by whole blocks. Blocks that differ get equal pseudo ids about once in 2^62 (in 2^31 if
-they differ in the last token alone): the replay then takes them for equal, and says that a plan
-differs from the recorded one. Requests are r0, r1, … in the order of their admission, their forks
-r0.1, r0.2, …; a tenant or a salt is a keyed hash.
+hash of the domain and everything up to there. The key is drawn for each log and not kept, so that
+nobody can try guesses of a prompt on the log; it shows which prompts of a domain begin alike, to
+about a block. Blocks that differ get equal pseudo ids once in 2^62 (in 2^31 if they differ in the
+last token alone): the replay then takes them for equal, and says that a plan differs from the
+recorded one. Requests are r0, r1, … in the order of their admission, their forks r0.1, r0.2, …; a
+tenant or a salt is a keyed hash.
 
 A new kind of event takes a struct here, listed in `EVENTS`; a method in `Recorder` that writes it;
 and a case in `Replay.apply`. Its first field has no default and a name that no other kind has: it
@@ -151,21 +151,26 @@ def plan_digest(plan: StepPlan, name: Callable[[str], str] = str) -> str:
     for pairs in moves:
         numbers += itertools.chain.from_iterable(pairs)
     names = [name(request_id) for request_id in plan.preempted]
-    blocks = []
-    for row in plan.rows:
-        names.append(name(row.request.request_id))
-        blocks.append(row.block_ids)
-        numbers += (
-            row.slot,
-            row.start,
-            row.num_tokens,
-            len(row.token_ids),
-            row.block_ids.size,
-            row.samples,
-            row.output_position,
-            -1 if row.history is None else len(row.history),
-            -1 if row.logits_of is None else row.logits_of,
-        )
+    blocks: tuple[np.ndarray, ...] = ()
+    if plan.rows:  # by column; a field more or less in a row ends here
+        (
+            requests,
+            slots,
+            starts,
+            counts,
+            token_ids,
+            blocks,
+            samples,
+            positions,
+            histories,
+            sources,
+        ) = zip(*plan.rows, strict=True)
+        names += [name(request.request_id) for request in requests]
+        for column in (slots, starts, counts, samples, positions, map(len, blocks)):
+            numbers += column
+        numbers += map(len, token_ids)
+        numbers += [-1 if history is None else len(history) for history in histories]
+        numbers += [-1 if source is None else source for source in sources]
     digest = hashlib.blake2b(json.dumps(names).encode(), digest_size=16)
     digest.update(np.array(array("q", numbers)).astype("<i8", copy=False))
     if blocks:

@@ -24,6 +24,7 @@ from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
 from engine.runtime.recorder import Recorder
 from engine.runtime.runner import Launched, Runner
+from engine.runtime.waits import Waits
 from engine.sampling import InvalidRequest
 from engine.types import FinishReason, QueueFull, Request, StepOutput, StepPlan
 
@@ -139,6 +140,7 @@ class EngineLoop:
         self._deadlines: list[tuple[float, str]] = []
         self._planned: StepPlan | None = None  # planned, but not launched yet
         self._recorder = Recorder(record, limits, tokens=record_tokens) if record else None
+        self._waits = Waits()
         self._closing = False
         self._last_wait_end = 0.0
         self._gauges = (0, 0, self._state.pool)
@@ -225,6 +227,7 @@ class EngineLoop:
         self._state, plan = scheduler.schedule(self._state, self.limits)
         self._planned = plan
         self._record(lambda recorder: recorder.schedule(plan))
+        self._waits.planned(plan, self._state.holding, begin)
         totals = self.totals
         totals.preemptions += len(plan.preempted)
         totals.copied_blocks += len(plan.block_copies)
@@ -258,7 +261,7 @@ class EngineLoop:
         totals.computed_tokens += plan.num_tokens
         totals.padded_tokens += step.padded_tokens
         self._forget_finished(outputs)
-        self._publish(outputs)
+        self._publish(self._waits.tell(outputs, time.perf_counter()))
         if on_step := self.on_step:
             state = self._state
             on_step(
@@ -289,9 +292,11 @@ class EngineLoop:
         self.totals.failed_steps += 1
         self._record(lambda recorder: recorder.fail(tuple(plans)))
         self._state, outputs = scheduler.fail(self._state, tuple(plans))
+        now = time.perf_counter()
+        self._waits.failed(now)
         self._runner.reset()
         self._forget_finished(outputs)
-        self._publish(outputs)
+        self._publish(self._waits.tell(outputs, now))
 
     def _take_events(self, *, may_wait: bool) -> bool:
         """Take what is in the inbox. Returns whether to go on."""
@@ -335,6 +340,7 @@ class EngineLoop:
             news.append(Rejected(request.request_id, error))
             return
         self._live.update(dict.fromkeys(request.names, request))
+        self._waits.arrived(request.names, time.perf_counter())
         self._record(lambda recorder: recorder.admit(request))
         if request.deadline is not None:
             for name in request.names:
@@ -353,7 +359,7 @@ class EngineLoop:
             return ()
         self._record(lambda recorder: recorder.abort(request_id, reason))
         self._state, outputs = scheduler.abort(self._state, request_id, reason)
-        return outputs
+        return self._waits.tell(outputs, time.perf_counter())
 
     def _fail_everything(self) -> None:
         """Tell every request, admitted or not, that the loop is gone."""
