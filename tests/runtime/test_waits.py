@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from typing import Any
 
 import pytest
 
@@ -16,7 +17,7 @@ from tests.core.driver import Driver, make_request
 class Timed:
     """A driver, and a clock that a test sets."""
 
-    def __init__(self, **limits: int):
+    def __init__(self, **limits: Any):
         self.driver = Driver(**limits)
         self.waits = Waits()
         self.now = 0.0
