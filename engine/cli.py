@@ -56,12 +56,12 @@ def serve(
       config: a YAML file; see configs/.
       record: write the scheduler's event log here, for `octavo replay`. It holds counts and
         hashes: no text, no token ids, no names that clients chose.
-      record_tokens: write it here with the token ids of prompts and outputs.
+      record_tokens: write it here with prompts and outputs in full.
     """
     from engine.serve.server import run_server
 
+    path, tokens = _event_log(record, record_tokens)
     with ProgressBar() as progress:
-        path, tokens = _event_log(record, record_tokens)
         return run_server(_load(config, set_), path, progress, record_tokens=tokens)
 
 
@@ -116,16 +116,16 @@ def generate(
       output: JSON lines in the order of the input; it appears when all are done.
       record: write the scheduler's event log here, for `octavo replay`. It holds counts and
         hashes: no text, no token ids, no names that clients chose.
-      record_tokens: write it here with the token ids of prompts and outputs.
+      record_tokens: write it here with prompts and outputs in full.
     """
     from engine.generate import generate_file
     from engine.llm import LLM
 
+    path, tokens = _event_log(record, record_tokens)
     loaded = _load(config, set_)
     with ProgressBar() as progress:
 
         def load() -> LLM:
-            path, tokens = _event_log(record, record_tokens)
             return LLM.from_config(loaded, record=path, record_tokens=tokens, progress=progress)
 
         return generate_file(load, input_, output, progress)
@@ -223,6 +223,7 @@ def replay(log: Path, /, *, at: int | None = None, json: bool = False, check: bo
     print(
         f"{log}: {seen.steps} plans are identical ({seen.requests} requests, "
         f"{seen.tokens} tokens, {seen.preemptions} preemptions)"
+        + ("; the log holds prompts and outputs" if seen.holds_tokens else "")
     )
     return 0
 
