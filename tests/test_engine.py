@@ -566,7 +566,7 @@ async def test_an_answer_says_what_held_the_queue_while_it_waited(loaded: Loaded
     try:
         stopped = dataclasses.replace(TEXT, stop=tuple(map(chr, LETTERS))[:16])
         first, *others = await asyncio.gather(
-            ask(single, [7] * 20, LONG), ask(single, [8] * 20), ask(single, [9] * 20, stopped)
+            ask(single, (7,) * 20, LONG), ask(single, (8,) * 20), ask(single, (9,) * 20, stopped)
         )
     finally:
         single.close()
