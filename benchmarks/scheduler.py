@@ -6,10 +6,12 @@ sequences and a pool of 100,000 blocks, and for no growth with the pool.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import datetime
 import gc
 import itertools
+import os
 import statistics
 import time
 from collections.abc import Iterator, Sequence
@@ -27,6 +29,7 @@ from engine.config import BucketConfig, SchedulerConfig
 from engine.core import batching, scheduler
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
+from engine.runtime.recorder import Recorder
 from engine.sampling import SamplingParams
 from engine.types import Request, StepPlan, StepTokens
 
@@ -47,17 +50,20 @@ class Case:
       greedy: whether an argmax is all they ask of the sampler.
       turnover: whether they end, after MEAN_OUTPUT tokens on average, and others start in
         their place: their blocks are cached, evicted and matched. Else all run on.
+      recorded: whether the event log is written, to nowhere; its time is in schedule and commit.
     """
 
     name: str
     greedy: bool
     turnover: bool
+    recorded: bool = False
 
 
 CASES = (
     Case("greedy", greedy=True, turnover=False),
     Case("sampled", greedy=False, turnover=False),
     Case("turnover", greedy=True, turnover=True),
+    Case("recorded", greedy=True, turnover=True, recorded=True),
 )
 
 
@@ -192,9 +198,12 @@ def measure(case: Case, num_blocks: int, sequences: int, steps: int, rounds: int
     with _Watch() as watch:
         for _ in range(rounds):
             gc.collect()
-            samples += itertools.islice(
-                _steps(case, limits, draw, watch, _steady_output(sequences, steps)), steps
-            )
+            output_len = _steady_output(sequences, steps)
+            with contextlib.closing(Recorder(os.devnull, limits)) as recorder:
+                used = recorder if case.recorded else None
+                samples += itertools.islice(
+                    _steps(case, limits, draw, watch, output_len, used), steps
+                )
     return Result(
         case=case.name,
         num_blocks=num_blocks,
@@ -212,7 +221,12 @@ def measure(case: Case, num_blocks: int, sequences: int, steps: int, rounds: int
 
 
 def _steps(
-    case: Case, limits: Limits, draw: np.random.RandomState, watch: _Watch, output_len: int
+    case: Case,
+    limits: Limits,
+    draw: np.random.RandomState,
+    watch: _Watch,
+    output_len: int,
+    recorder: Recorder | None,
 ) -> Iterator[Sample]:
     """The steps of a scheduler that starts empty, from WARM_STEPS after all sequences run.
 
@@ -229,12 +243,17 @@ def _steps(
     steps_since_full = -1
     while True:
         while state.num_running + state.num_waiting < limits.max_num_seqs:
-            state = scheduler.admit(state, limits, next(requests))
+            request = next(requests)
+            state = scheduler.admit(state, limits, request)
+            if recorder:
+                recorder.admit(request)
         if steps_since_full >= 0 or state.num_running == limits.max_num_seqs:
             steps_since_full += 1
         counts = watch.counts = steps_since_full > WARM_STEPS
         begin = time.perf_counter()
         state, plan = scheduler.schedule(state, limits)
+        if recorder:
+            recorder.schedule(plan)
         scheduled = time.perf_counter()
         batching.build(plan, buckets, limits.max_num_seqs)
         built = time.perf_counter()
@@ -243,6 +262,8 @@ def _steps(
         watch.counts = counts
         commit_begin = time.perf_counter()
         if in_flight is not None:
+            if recorder:
+                recorder.commit(*in_flight)
             state, _ = scheduler.commit(state, *in_flight, limits)
         commit = time.perf_counter() - commit_begin
         watch.counts = False

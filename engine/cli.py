@@ -43,17 +43,26 @@ Overrides = Annotated[
 
 
 @app.command
-def serve(*, config: ConfigPath, set_: Overrides = None, record: Path | None = None) -> int:
+def serve(
+    *,
+    config: ConfigPath,
+    set_: Overrides = None,
+    record: Path | None = None,
+    record_tokens: Path | None = None,
+) -> int:
     """Serve a model over gRPC until interrupted.
 
     Args:
       config: a YAML file; see configs/.
-      record: write the scheduler's event log here, for `octavo replay`. It holds prompts.
+      record: write the scheduler's event log here, for `octavo replay`. It holds counts and
+        hashes: no text, no token ids, no names that clients chose.
+      record_tokens: write it here with prompts and outputs in full.
     """
     from engine.serve.server import run_server
 
+    path, tokens = _event_log(record, record_tokens)
     with ProgressBar() as progress:
-        return run_server(_load(config, set_), _text(record), progress)
+        return run_server(_load(config, set_), path, progress, record_tokens=tokens)
 
 
 @app.command
@@ -91,6 +100,7 @@ def generate(
     output: Annotated[Path, Parameter(name=["--output", "-o"])],
     set_: Overrides = None,
     record: Path | None = None,
+    record_tokens: Path | None = None,
 ) -> int:
     """Generate for every line of a file, in this process.
 
@@ -104,16 +114,19 @@ def generate(
       config: a YAML file; see configs/.
       input_: JSON lines; `-` is standard input.
       output: JSON lines in the order of the input; it appears when all are done.
-      record: write the scheduler's event log here, for `octavo replay`. It holds prompts.
+      record: write the scheduler's event log here, for `octavo replay`. It holds counts and
+        hashes: no text, no token ids, no names that clients chose.
+      record_tokens: write it here with prompts and outputs in full.
     """
     from engine.generate import generate_file
     from engine.llm import LLM
 
+    path, tokens = _event_log(record, record_tokens)
     loaded = _load(config, set_)
     with ProgressBar() as progress:
 
         def load() -> LLM:
-            return LLM.from_config(loaded, record=_text(record), progress=progress)
+            return LLM.from_config(loaded, record=path, record_tokens=tokens, progress=progress)
 
         return generate_file(load, input_, output, progress)
 
@@ -213,19 +226,29 @@ def calibrate(
 
 
 @app.command
-def replay(log: Path, /, *, check: bool = False) -> int:
+def replay(log: Path, /, *, at: int | None = None, json: bool = False, check: bool = False) -> int:
     """Run a recorded event log through the scheduler and compare every plan.
 
     Args:
       log: written by `octavo serve --record` or `octavo generate --record`.
+      at: show the state when this step was planned, and its plan.
+      json: print that as JSON instead of tables.
       check: also assert all invariants after every event; slow.
     """
-    from engine.runtime.event_log import replay as run
+    if at is not None:
+        from engine.replay_tables import show
+
+        show(log, at, as_json=json, check=check)
+        return 0
+    if json:
+        raise ValueError("--json prints the state at a step; name the step with --at")
+    from engine.runtime.replay import replay as run
 
     seen = run(log, check=check)
     print(
         f"{log}: {seen.steps} plans are identical ({seen.requests} requests, "
         f"{seen.tokens} tokens, {seen.preemptions} preemptions)"
+        + ("; the log holds prompts and outputs" if seen.holds_tokens else "")
     )
     return 0
 
@@ -376,8 +399,12 @@ def _load(path: Path, overrides: list[str] | None) -> Any:
     return config_file.load(path, overrides or ())
 
 
-def _text(path: Path | None) -> str | None:
-    return None if path is None else str(path)
+def _event_log(record: Path | None, record_tokens: Path | None) -> tuple[str | None, bool]:
+    """The event log's path, and whether it holds tokens."""
+    if record is not None and record_tokens is not None:
+        raise ValueError("--record and --record-tokens both name an event log; give one of them")
+    path = record or record_tokens
+    return None if path is None else str(path), record_tokens is not None
 
 
 def main() -> None:

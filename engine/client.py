@@ -65,6 +65,9 @@ class Delta:
       finish_reason: why the answer ended; on its last delta only.
       stop_reason: the stop string or stop token id that ended it, else None.
       prompt_tokens, cached_tokens, completion_tokens: tokens so far.
+      waited_seconds: on its last delta, how long it was in the queue.
+      waited_for: on its last delta, what held the head of the queue back meanwhile, the longest
+        first; see `GenerateResponse.waited_for` in the proto.
     """
 
     request_id: str
@@ -78,6 +81,8 @@ class Delta:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    waited_seconds: float | None = None
+    waited_for: tuple[str, ...] = ()
 
 
 class AsyncClient:
@@ -265,6 +270,8 @@ def _delta(response: pb.GenerateResponse) -> Delta:
         prompt_tokens=response.usage.prompt_tokens,
         cached_tokens=response.usage.cached_tokens,
         completion_tokens=response.usage.completion_tokens,
+        waited_seconds=response.waited_seconds if response.HasField("waited_seconds") else None,
+        waited_for=tuple(response.waited_for),
     )
 
 

@@ -84,6 +84,7 @@ class Engine:
         self,
         loaded: LoadedEngine,
         record: str | None = None,
+        record_tokens: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
     ):
         self.tokenizer = loaded.tokenizer
@@ -103,7 +104,7 @@ class Engine:
         self._text_threads = ThreadPoolExecutor(2, thread_name_prefix="octavo-text")
         self._num_long_texts = 0
         self._public: queue.SimpleQueue[StepOutput | Rejected] = queue.SimpleQueue()
-        self._loop = EngineLoop(loaded.runner, loaded.limits, self._deliver, record)
+        self._loop = EngineLoop(loaded.runner, loaded.limits, self._deliver, record, record_tokens)
         try:
             self._compute_public_prefixes(progress)
         except BaseException:
@@ -116,6 +117,7 @@ class Engine:
         config: Config,
         *,
         record: str | None = None,
+        record_tokens: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> Engine:
         """Load the model, compile every bucket, and start the step loop. Takes a while.
@@ -123,6 +125,8 @@ class Engine:
         Args:
           config: from `engine.config_file.load`.
           record: file to write the event log to.
+          record_tokens: with requests and token ids in full; without, it holds neither text nor
+            ids nor names that clients chose.
           progress: called with (what is being done, done, in all).
 
         Raises:
@@ -131,9 +135,11 @@ class Engine:
         """
         from engine.loading import load_engine
 
+        if record_tokens and record is None:
+            raise ValueError("record_tokens says what a log holds; name its file with record")
         if record is not None:  # find out early whether it can be written: loading takes long
             os.close(os.open(record, os.O_WRONLY | os.O_CREAT, 0o600))
-        return cls(load_engine(config, progress), record, progress)
+        return cls(load_engine(config, progress), record, record_tokens, progress)
 
     async def generate(
         self,

@@ -20,7 +20,7 @@ from engine.frontend import Engine, ModelInfo, Prompt
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.streams import Delta, Usage
 from engine.text import Message
-from engine.types import FinishReason, QueueFull, TokenLogprobs
+from engine.types import FinishReason, QueueFull, TokenLogprobs, Waited
 
 AnyPrompt = str | Sequence[int] | Sequence[dict[str, str]] | Sequence[Message]
 
@@ -39,6 +39,7 @@ class Completion:
     usage: Usage
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    waited: Waited | None = None
     others: tuple[Completion, ...] = ()
 
 
@@ -64,6 +65,7 @@ class LLM:
         *,
         overrides: Iterable[str] = (),
         record: str | None = None,
+        record_tokens: bool = False,
         progress: Callable[[str, int, int], None] | None = None,
     ) -> LLM:
         """Load a model as a config describes it.
@@ -72,6 +74,7 @@ class LLM:
           config: a YAML file, or a config.
           overrides: `dotted.key=value` strings, for a file.
           record: file to write the scheduler's event log to.
+          record_tokens: with requests and token ids in full; without, it holds neither.
           progress: called with (what is being done, done, in all).
 
         Raises:
@@ -79,7 +82,10 @@ class LLM:
         """
         if not isinstance(config, Config):
             config = config_file.load(os.fspath(config), overrides)
-        return cls(Engine.from_config(config, record=record, progress=progress))
+        engine = Engine.from_config(
+            config, record=record, record_tokens=record_tokens, progress=progress
+        )
+        return cls(engine)
 
     def generate(
         self,
@@ -210,6 +216,7 @@ def _completion(deltas: list[Delta]) -> Completion:
         usage=last.usage,
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
         prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
+        waited=last.waited,
     )
 
 

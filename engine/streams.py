@@ -10,7 +10,7 @@ import dataclasses
 
 from engine.runtime.loop import Rejected
 from engine.text import Detokenizer, StopChecker, Tokenizer
-from engine.types import FinishReason, Request, StepOutput, TokenLogprobs
+from engine.types import FinishReason, Request, StepOutput, TokenLogprobs, Waited
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,6 +37,8 @@ class Delta:
       finish_reason: None while it goes on.
       stop_reason: the stop string or stop token that ended it, else None.
       usage: counts so far.
+      waited: its time in the queue so far, from the first token on; None if the request never
+        reached the queue.
     """
 
     index: int
@@ -47,6 +49,7 @@ class Delta:
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     usage: Usage
+    waited: Waited | None = None
 
 
 class Stream:
@@ -123,6 +126,7 @@ class _Sample:
         self.pending: list[StepOutput] = []
         self._index = index
         self._num_tokens = 0
+        self._waited: Waited | None = None
         self._detokenizer = Detokenizer(tokenizer, request.prompt_ids, sampling.skip_special_tokens)
         self._stop_checker = StopChecker(sampling.stop)
 
@@ -138,6 +142,7 @@ class _Sample:
         last = outputs[-1]
         for output in outputs:
             last = output
+            self._waited = output.waited or self._waited
             token_ids.extend(output.token_ids)
             logprobs.extend(output.logprobs)
             prompt_logprobs = prompt_logprobs or output.prompt_logprobs
@@ -165,4 +170,5 @@ class _Sample:
             finish_reason,
             stop_reason,
             Usage(last.num_prompt_tokens, last.num_cached_tokens, self._num_tokens),
+            self._waited,
         )

@@ -279,6 +279,26 @@ class StepTokens:
     prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = dataclasses.field(default_factory=dict)
 
 
+class Held(NamedTuple):
+    """For how many steps, and seconds, something held the head of the queue back."""
+
+    steps: int
+    seconds: float
+
+
+class Waited(NamedTuple):
+    """A sequence's time in the queue: before it first ran, and after each preemption.
+
+    Attributes:
+      seconds: all of it, from when the step loop took the request.
+      held: what held the head of the queue back meanwhile, be it this sequence or one before it:
+        by reason (`engine.core.core.Holding`), the longest first.
+    """
+
+    seconds: float
+    held: dict[str, Held]
+
+
 class StepOutput(NamedTuple):
     """News of one request after a step.
 
@@ -290,6 +310,8 @@ class StepOutput(NamedTuple):
         them came from the cache when the request first ran.
       logprobs: one a token, if asked for.
       prompt_logprobs: with the first token, if asked for: one a prompt token after the first.
+      waited: its time in the queue so far, where that is news; from the step loop, which has a
+        clock.
     """
 
     request_id: str
@@ -299,3 +321,4 @@ class StepOutput(NamedTuple):
     num_cached_tokens: int
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    waited: Waited | None = None

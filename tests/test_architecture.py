@@ -37,8 +37,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"types", "config", "core", "weights"},
     "runtime": BELOW_SERVE - {"text"},
     "loading": BELOW_SERVE,  # from a config to a warm runner
-    "resolve": {"types", "config", "core", "text"},
     "public_prefixes": {"types", "config", "text"},
+    "replay_tables": {"types", "core", "runtime"},
+    "resolve": {"types", "config", "core", "text"},
     "streams": {"types", "runtime", "text"},
     "frontend": BELOW_SERVE | {"loading", "public_prefixes", "resolve", "streams"},
     "llm": BELOW_SERVE | {"config_file", "loading", "frontend", "streams"},
@@ -197,7 +198,7 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
 def test_what_runs_without_a_device_never_loads_jax() -> None:
     units = (
         *("types", "config", "core", "memory_plan", "plan_tables", "client", "chat"),
-        *("simulate", "leakcheck"),
+        *("simulate", "leakcheck", "replay_tables"),
     )
     loaded = _loaded_after_importing(*_modules(*units))
     assert "engine.config" in loaded
@@ -217,7 +218,7 @@ def test_the_path_from_request_to_token_reads_in_an_hour() -> None:
     # Beside the path: what paging is compared with, a tier below it, a number for admission, what
     # may stay in the cache and for whom; and the checks of what a client asks for, in sampling.py.
     beside = ("contiguous.py", "host_tier.py", "forecast.py", "retention.py", "public.py")
-    beside += ("upkeep.py",)
+    beside += ("upkeep.py", "invariants.py")
     path = [file for file in path if file.name not in beside]
     path += [ROOT / "engine" / "runtime" / name for name in ("runner.py", "step.py")]
     assert sum(len(file.read_text().splitlines()) for file in path) < MAX_LINES_REQUEST_TO_TOKEN

@@ -127,6 +127,23 @@ def test_generate_records_what_replays(octavo: CommandLine, config: Path, tmp_pa
     assert ended.code == 0
     assert "plans are identical (3 requests, " in ended.out
     assert "\n" not in ended.out.strip()
+    assert "prompts" not in ended.out
+    assert str(drawn["token_ids"])[1:-1].replace(" ", "") not in log.read_text()
+
+
+def test_a_log_with_tokens_is_asked_for_by_name(
+    octavo: CommandLine, config: Path, tmp_path: Path
+) -> None:
+    source, output, log = (tmp_path / name for name in ("in.jsonl", "out.jsonl", "log.jsonl"))
+    source.write_text('{"prompt_ids": [72, 101], "max_tokens": 5, "seed": 3}\n')
+    asked = ("generate", "-c", config, "-i", source, "-o", output, "--record-tokens", log)
+    assert octavo(*asked).code == 0
+    assert '"prompt_ids":[72,101]' in log.read_text()
+    ended = octavo("replay", log, "--check")
+    assert ended.out.strip().endswith("preemptions); the log holds prompts and outputs")
+    ended = octavo(*asked, "--record", log)
+    assert ended.code == 2
+    assert "--record and --record-tokens both name an event log; give one of them" in ended.err
 
 
 def test_a_converted_model_is_the_same_model(

@@ -16,7 +16,7 @@ from engine.config_file import from_tree
 from engine.core.limits import Limits
 from engine.frontend import Delta, Engine, EngineStopped, Prompt
 from engine.loading import LoadedEngine, load_engine
-from engine.runtime.event_log import replay
+from engine.runtime.replay import replay
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.text import Message
 from engine.types import Domain, FinishReason, QueueFull
@@ -558,6 +558,29 @@ async def test_a_recorded_run_with_preemptions_replays_and_answers_as_without(
     seen = replay(log, check=True)
     assert (seen.requests, seen.tokens) == (8, 8 * 60)
     assert seen.preemptions == tight.stats().preemptions
+
+
+async def test_an_answer_says_what_held_the_queue_while_it_waited(loaded: LoadedEngine) -> None:
+    """One that a stop string ended too: the step loop learns of that end later."""
+    single = Engine(with_limits(loaded, max_num_seqs=1))
+    try:
+        stopped = dataclasses.replace(TEXT, stop=tuple(map(chr, LETTERS))[:16])
+        first, *others = await asyncio.gather(
+            ask(single, (7,) * 20, LONG), ask(single, (8,) * 20), ask(single, (9,) * 20, stopped)
+        )
+    finally:
+        single.close()
+    assert first.last.waited is not None
+    assert first.last.waited.held == {}
+    for answer in others:
+        assert answer.last.waited is not None
+        assert answer.last.waited.held.keys() == {"slots"}
+        assert answer.last.waited.held["slots"].steps >= 400
+
+
+def test_an_engine_without_a_log_to_write_refuses_to_record_tokens(loaded: LoadedEngine) -> None:
+    with pytest.raises(ValueError, match="record_tokens says what a log holds; name its file"):
+        Engine.from_config(loaded.config, record_tokens=True)
 
 
 async def test_stats_and_model_info_say_what_is_there(engine: Engine, loaded: LoadedEngine) -> None:

@@ -16,7 +16,7 @@ from engine.config_file import from_tree
 from engine.frontend import Engine
 from engine.llm import LLM
 from engine.loading import LoadedEngine, load_engine
-from engine.runtime.event_log import replay
+from engine.runtime.replay import replay
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.streams import Delta
 from engine.types import FinishReason, QueueFull

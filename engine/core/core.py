@@ -207,33 +207,6 @@ class Core:
         other.arrivals = self.arrivals
         return other
 
-    def check(self) -> None:
-        """Assert the invariants of pool, sequences and slots. O(pool); for tests."""
-        owned = [seq.owned_blocks() for seq in self.running]
-        self.pool.check(owned + self.public.owned_blocks)
-        self.host.check()
-        waiting = self.waiting.in_order()
-        parents = (*self.running, *waiting)
-        forks = [fork for seq in parents for fork in seq.forks]
-        assert len(parents) + len(forks) == len(self.sequences), "a sequence is lost"
-        assert all(fork.parent is seq for seq in parents for fork in seq.forks)
-        assert all(seq.parent is None for seq in parents)
-        assert [seq.rank for seq in self.running] == sorted(seq.rank for seq in self.running)
-        slots = [seq.slot for seq in self.running]
-        assert sorted(slots + self.free_slots) == list(range(self.num_slots)), "slots differ"
-        assert self.num_unclaimed_slots >= 0, "a slot is kept for two"
-        for seq in (*waiting, *forks):
-            assert seq.slot == NO_SLOT
-            assert seq.num_blocks == seq.num_computed == 0
-        for seq in self.running:
-            assert seq.slot != NO_SLOT
-            assert seq.num_pending >= 0
-            assert seq.num_total <= seq.max_total
-            assert seq.num_blocks_named <= seq.num_blocks
-            first = seq.num_computed // self.block_size  # the next step writes from here on
-            for block in seq.owned_blocks()[first + seq.shares_tail :]:
-                assert not self.pool.is_shared(block), "a block that will be written is shared"
-
     def _stop(self, seq: Sequence) -> None:
         self.running.remove(seq)
         heapq.heappush(self.free_slots, seq.slot)

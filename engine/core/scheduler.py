@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from engine.core import planning
+from engine.core import invariants, planning
 from engine.core.block_pool import PoolCounts
 from engine.core.core import Core, Holding
 from engine.core.limits import MAX_INT32, Limits
@@ -113,7 +113,7 @@ class SchedulerState:
 
     def check(self) -> None:
         """Assert every invariant of DESIGN.md that one state can show. For tests; O(pool)."""
-        self._peek().check()
+        invariants.check(self._peek())
 
     def _peek(self) -> Core:
         if self._core is None:

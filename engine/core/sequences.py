@@ -214,6 +214,8 @@ class Sequence:
             "num_known": len(self.token_ids),
             "num_total": self.num_total,
             "num_computed": self.num_computed,
+            "num_preemptions": self.num_preemptions,
+            "forks": [fork.request.request_id for fork in self.forks],
             "blocks": self.owned_blocks(),
         }
 

@@ -1,8 +1,25 @@
-"""The scheduler's inputs and decisions as lines of JSON: recording, and replay with a check.
+"""The format of the event log: the scheduler's inputs and decisions, as lines of JSON.
 
-A log holds prompts and outputs in full: treat it like the conversations themselves. Reading
-one is safe whatever it holds: it is parsed strictly, no number in it sizes memory before it is
-checked, and it is only ever fed to the scheduler.
+`recorder` writes such a log and `replay` rebuilds every plan from it.
+
+By default it holds no text, no token ids and no name that a client chose. Plans depend on how many
+tokens there are, on which blocks hold equal ones, and on which tokens ended a sequence. So a token
+is written as a *pseudo id*: 0, but at the last `MARKED` positions of each block 31 bits of a keyed
+hash of the domain and everything up to there (without the domain, as long as that is the text of
+a public prefix). The key is drawn for each log and not kept, so that
+nobody can try guesses of a prompt on the log; it shows which prompts of a domain begin alike, to
+about a block. Blocks that differ get equal pseudo ids once in 2^62 (in 2^31 if they differ in the
+last token alone): the replay then takes them for equal, and says that a plan differs from the
+recorded one. Requests are r0, r1, … in the order of their admission, their forks r0.1, r0.2, …; a
+tenant or a salt is a keyed hash.
+
+A new kind of event takes a struct here, listed in `EVENTS`; a method in `Recorder` that writes it;
+and a case in `Replay.apply`. Its first field has no default and a name that no other kind has: it
+tells the kinds apart. What it says of requests must use the log's names, and of blocks none of
+their keys, which differ in a replay: name a request and a position in its prompt.
+
+Reading a log is safe whatever it holds: it is parsed strictly, no number in it sizes memory before
+it is checked, and it is only ever fed to the scheduler.
 """
 
 from __future__ import annotations
@@ -11,205 +28,210 @@ import dataclasses
 import hashlib
 import itertools
 import json
-import os
-from collections.abc import Iterator
+from array import array
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
 import msgspec
 import numpy as np
 
-from engine.core import scheduler, upkeep
-from engine.core.limits import Limits
-from engine.core.scheduler import SchedulerState
-from engine.types import Domain, FinishReason, QueueFull, Request, StepPlan, StepTokens
+from engine.core.limits import MAX_INT32, Limits
+from engine.types import FinishReason, Request, StepPlan
 
-FORMAT = 1
+FORMAT = 2
+MARKED = 2  # positions of a block, at its end, whose pseudo ids say what it holds
 
 # Far beyond what one scheduler runs, and small enough for any machine that replays.
 MAX_BLOCKS = 2**22
 MAX_SEQS = 2**16
+MAX_PROMPT_TOKENS = 2**26  # of all requests that have not ended
 MAX_LINE = 2**26  # characters; a prompt of a million tokens takes a tenth
+
+PseudoId = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT32)]
+Count = Annotated[int, msgspec.Meta(ge=0, le=MAX_INT32)]
 
 
 class LogError(ValueError):
     """A log that can't be read or doesn't replay: says which line, and why."""
 
 
-class Recorder:
-    """Appends events to a file. Not thread-safe: the engine loop owns it."""
-
-    def __init__(self, path: str | Path, limits: Limits):
-        # For its owner only: it holds conversations.
-        descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-        self._file = open(descriptor, "w", encoding="utf-8")  # noqa: SIM115 - kept open on purpose
-        self._write({"octavo_event_log": FORMAT, "limits": dataclasses.asdict(limits)})
-
-    def admit(self, request: Request) -> None:
-        """A request came in."""
-        tree = msgspec.to_builtins(request)
-        del tree["sampler_row"]  # follows from the rest
-        self._write({"admit": tree})
-
-    def abort(self, request_id: str, reason: FinishReason) -> None:
-        """A request was ended from outside."""
-        self._write({"abort": [request_id, reason.value]})
-
-    def schedule(self, plan: StepPlan) -> None:
-        """A step was planned."""
-        rows = [[row.request.request_id, row.start, row.num_tokens] for row in plan.rows]
-        self._write({"schedule": plan.step, "digest": plan_digest(plan), "rows": rows})
-        self._file.flush()  # once a step: a crash then leaves the step that led to it
-
-    def commit(self, plan: StepPlan, tokens: StepTokens) -> None:
-        """A step's tokens were taken in."""
-        self._write({"commit": plan.step, "tokens": list(tokens.token_ids[: len(plan.rows)])})
-
-    def fail(self, plans: tuple[StepPlan, ...]) -> None:
-        """These steps failed on the device."""
-        self._write({"fail": [plan.step for plan in plans]})
-        self._file.flush()
-
-    def tick(self, now: int) -> None:
-        """Time passed, in milliseconds."""
-        self._write({"tick": now})
-
-    def flush(self, domain: Domain | None) -> None:
-        """What a domain left was forgotten, or with None everything."""
-        self._write({"flush": None if domain is None else dataclasses.asdict(domain)})
-
-    def close(self) -> None:
-        """Flush and close the file."""
-        self._file.close()
-
-    def _write(self, event: dict[str, Any]) -> None:
-        self._file.write(json.dumps(event, separators=(",", ":")) + "\n")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Replayed:
-    """What a replay saw: counts, and the state at the end of the log."""
-
-    requests: int
-    steps: int
-    tokens: int
-    preemptions: int
-    state: SchedulerState
-
-
-def plan_digest(plan: StepPlan) -> str:
-    """SHA-256 over everything a plan decides, as hex."""
-    digest = hashlib.sha256()
-    head = (plan.step, plan.block_copies, plan.preempted)
-    digest.update(repr(head).encode())
-    for row in plan.rows:
-        rest = (row.request.request_id, *row[1:5], *row[6:])
-        digest.update(repr(rest).encode())
-        digest.update(np.ascontiguousarray(row.block_ids, dtype="<i4").tobytes())
-    return digest.hexdigest()
-
-
-class _Event(msgspec.Struct, forbid_unknown_fields=True):
+class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaults=True):
     """One line. Its first field, which names the kind, is what tells the kinds apart."""
 
 
-class _Admit(_Event):
-    admit: Request
+class Header(Event, frozen=True):
+    """The first line."""
+
+    octavo_event_log: int
+    limits: Limits
+    holds_tokens: bool = False
 
 
-class _Abort(_Event):
-    abort: tuple[str, FinishReason]
+class Admit(Event, frozen=True):
+    """A request came in, with so many tokens; `marks` are those that `marked_positions` names."""
+
+    admit: Count
+    marks: tuple[PseudoId, ...]
+    max_tokens: int
+    domain: tuple[str, str]  # tenant and salt
+    priority: int = 0
+    forks: Count = 0
+    prompt_logprobs: bool = False  # then no position may come from the cache
+    cache_ttl: Count = 0
+    is_public: bool = False
 
 
-class _Schedule(_Event):
-    schedule: int
+class AdmitRequest(Event, frozen=True):
+    """A request came in, in a log that holds tokens."""
+
+    admit_request: Request
+
+
+class Abort(Event, frozen=True):
+    """A sequence was ended from outside."""
+
+    abort: str
+    reason: FinishReason
+
+
+class Schedule(Event, frozen=True):
+    """A step was planned; a replay comes to a plan with the same digest."""
+
+    schedule: Count
     digest: str
-    rows: list[tuple[str, int, int]]
+    rows: Count
+    tokens: Count
 
 
-class _Commit(_Event):
-    commit: int
+class Commit(Event, frozen=True):
+    """A step's tokens were taken in: those that are not 0, and the rows that met a stop token."""
+
+    commit: Count
+    rows: Count
+    marks: tuple[tuple[Count, PseudoId], ...] = ()  # (row, pseudo id)
+    stops: tuple[Count, ...] = ()
+
+
+class CommitTokens(Event, frozen=True):
+    """A step's tokens were taken in, in a log that holds tokens."""
+
+    commit_tokens: Count
     tokens: tuple[Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)], ...]
 
 
-class _Fail(_Event):
-    fail: tuple[int, ...]
+class Fail(Event, frozen=True):
+    """These steps failed on the device."""
+
+    fail: tuple[Count, ...]
 
 
-class _Tick(_Event):
+class Tick(Event, frozen=True):
+    """Time passed, in milliseconds."""
+
     tick: Annotated[int, msgspec.Meta(ge=0, lt=2**62)]
 
 
-class _Flush(_Event):
-    flush: Domain | None
+class Flush(Event, frozen=True):
+    """What a domain left was forgotten, or with None everything."""
+
+    flush: tuple[str, str] | None  # tenant and salt
 
 
-class _Header(_Event):
-    octavo_event_log: int
-    limits: Limits
+EVENTS = (Admit, AdmitRequest, Abort, Schedule, Commit, CommitTokens, Fail, Tick, Flush)
+_KINDS: dict[str, type[Event]] = {kind.__struct_fields__[0]: kind for kind in EVENTS}
 
 
-_EVENTS = (_Admit, _Abort, _Schedule, _Commit, _Fail, _Tick, _Flush)
-_KINDS = {kind.__struct_fields__[0]: kind for kind in _EVENTS}
+def kind_of(event: Event) -> str:
+    """What a line says of its kind, such as `admit`."""
+    return event.__struct_fields__[0]
 
 
-def replay(path: str | Path, *, check: bool = False) -> Replayed:
-    """Run a log through the scheduler and compare every plan with the recorded one.
+def marked_positions(length: int, block_size: int) -> Iterator[int]:
+    """Which of the first positions have a pseudo id of their own, in order."""
+    for block in range(0, length, block_size):
+        end = block + block_size
+        yield from range(max(block, end - MARKED), min(end, length))
+
+
+def plan_digest(plan: StepPlan, name: Callable[[str], str] = str) -> str:
+    """A hash over everything that a plan decides, as hex; no token id goes into it.
 
     Args:
-      path: a log that `Recorder` wrote; a torn last line is ignored.
-      check: also assert all invariants after every event (slow: O(pool) each).
+      plan: any.
+      name: gives a request's name in the log.
+    """
+    moves = (
+        plan.block_copies,
+        [swap[:2] for swap in plan.swap_outs],
+        plan.swap_ins,
+        [plan.erased_blocks, plan.erased_slots],
+    )
+    numbers = [plan.step, len(plan.preempted), len(plan.rows), *map(len, moves)]
+    for pairs in moves:
+        numbers += itertools.chain.from_iterable(pairs)
+    names = [name(request_id) for request_id in plan.preempted]
+    blocks: tuple[np.ndarray, ...] = ()
+    if plan.rows:  # by column; a field more or less in a row ends here
+        (
+            requests,
+            slots,
+            starts,
+            counts,
+            token_ids,
+            blocks,
+            samples,
+            positions,
+            histories,
+            sources,
+        ) = zip(*plan.rows, strict=True)
+        names += [name(request.request_id) for request in requests]
+        for column in (slots, starts, counts, samples, positions, map(len, blocks)):
+            numbers += column
+        numbers += map(len, token_ids)
+        numbers += [-1 if history is None else len(history) for history in histories]
+        numbers += [-1 if source is None else source for source in sources]
+    digest = hashlib.blake2b(json.dumps(names).encode(), digest_size=16)
+    digest.update(np.array(array("q", numbers)).astype("<i8", copy=False))
+    if blocks:
+        digest.update(np.concatenate(blocks).astype("<i4", copy=False))
+    return digest.hexdigest()
 
-    Raises:
-      LogError: the file is not such a log, or a plan differs; names the line.
+
+def encode(event: Event) -> str:
+    """An event as a line."""
+    tree = msgspec.to_builtins(event)
+    if isinstance(event, AdmitRequest):
+        del tree["admit_request"]["sampler_row"]  # follows from the rest
+    return json.dumps(tree, separators=(",", ":")) + "\n"
+
+
+def read(path: str | Path) -> tuple[Header, Iterator[tuple[int, Event]]]:
+    """The first line of a log, and an iterator over the others with their numbers.
+
+    A torn last line is left out. Both may raise `LogError`.
     """
     lines = _lines(path)
     number, tree = next(lines, (0, {}))
-    if tree.get("octavo_event_log") != FORMAT:
-        raise LogError(f"{path} is not an Octavo event log of format {FORMAT}")
-    limits = _limits(tree, f"{path}:{number}")
-    state = SchedulerState.initial(limits)
-    plans: dict[int, StepPlan] = {}  # those that may still be committed or fail
-    requests = steps = tokens = preemptions = 0
+    if (found := tree.get("octavo_event_log")) != FORMAT:
+        if isinstance(found, int):
+            raise LogError(
+                f"{path} is an Octavo event log of format {found}, but this version replays "
+                f"format {FORMAT}; use the version that wrote it"
+            )
+        raise LogError(f"{path} is not an Octavo event log")
+    return _header(tree, f"{path}:{number}"), _events(path, lines)
+
+
+def _events(
+    path: str | Path, lines: Iterator[tuple[int, dict[str, Any]]]
+) -> Iterator[tuple[int, Event]]:
     for number, tree in lines:
         where = f"{path}:{number}"
         kind = next((kind for name, kind in _KINDS.items() if name in tree), None)
         if kind is None:
             raise LogError(f"{where}: unknown event {sorted(tree)[:3]!r:.80}")
-        event = _decode(tree, kind, where)
-        try:
-            match event:
-                case _Admit(admit=request):
-                    state = scheduler.admit(state, limits, request)
-                    requests += 1
-                case _Abort(abort=(request_id, reason)):
-                    state, _ = scheduler.abort(state, request_id, reason)
-                case _Schedule():
-                    state, plan = scheduler.schedule(state, limits)
-                    _compare(plan, event)
-                    plans[plan.step] = plan
-                    steps += 1
-                    preemptions += len(plan.preempted)
-                case _Commit(commit=step, tokens=values):
-                    plan = _planned(plans, step)
-                    if len(values) != len(plan.rows):
-                        raise LogError(f"{len(values)} tokens for {len(plan.rows)} rows")
-                    state, outputs = scheduler.commit(state, plan, StepTokens(values), limits)
-                    plans = {later: plan for later, plan in plans.items() if later > step}
-                    tokens += sum(len(output.token_ids) for output in outputs)
-                case _Tick(tick=now):
-                    state = upkeep.tick(state, now)
-                case _Flush(flush=domain):
-                    state = upkeep.flush(state, domain)
-                case _Fail(fail=failed):
-                    state, _ = scheduler.fail(
-                        state, tuple(_planned(plans, step) for step in failed)
-                    )
-        except (ValueError, QueueFull) as error:
-            raise LogError(f"{where}: {error}") from None
-        if check:
-            state.check()
-    return Replayed(requests, steps, tokens, preemptions, state)
+        yield number, _decode(tree, kind, where)
 
 
 def _lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -233,16 +255,17 @@ def _lines(path: str | Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise LogError(f"can't read {path}: {error}") from None
 
 
-def _limits(tree: dict[str, Any], where: str) -> Limits:
-    """The header's limits, if a scheduler with them can be made anywhere."""
-    limits = _decode(tree, _Header, where).limits
+def _header(tree: dict[str, Any], where: str) -> Header:
+    """The header, if a scheduler with its limits can be made anywhere."""
+    header = _decode(tree, Header, where)
     for name, value, largest in (
-        ("num_blocks", limits.num_blocks, MAX_BLOCKS),
-        ("max_num_seqs", limits.max_num_seqs, MAX_SEQS),
+        ("num_blocks", header.limits.num_blocks, MAX_BLOCKS),
+        ("host_blocks", header.limits.host_blocks, MAX_BLOCKS),
+        ("max_num_seqs", header.limits.max_num_seqs, MAX_SEQS),
     ):
         if value > largest:
             raise LogError(f"{where}: {name} is {value}, but a log may say at most {largest}")
-    return limits
+    return header
 
 
 def _decode[T](tree: dict[str, Any], kind: type[T], where: str) -> T:
@@ -263,29 +286,3 @@ def _refuse_unknown(tree: Any, value: Any) -> None:
             raise ValueError(f"unknown fields {unknown[:3]!r:.80} in {type(value).__name__}")
         for name, part in tree.items():
             _refuse_unknown(part, getattr(value, name))
-
-
-def _planned(plans: dict[int, StepPlan], step: int) -> StepPlan:
-    plan = plans.pop(step, None)
-    if plan is None:
-        raise LogError(f"step {step} was not planned, or was taken in already")
-    return plan
-
-
-def _compare(plan: StepPlan, event: _Schedule) -> None:
-    """Raise if the plan is not the recorded one; say where they part."""
-    if plan.step != event.schedule:
-        raise LogError(f"step {event.schedule} was recorded here, but {plan.step} is next")
-    if plan_digest(plan) == event.digest:
-        return
-    rows = [(row.request.request_id, row.start, row.num_tokens) for row in plan.rows]
-    for index, (ours, theirs) in enumerate(zip(rows, event.rows, strict=False)):
-        if ours != theirs:
-            raise LogError(
-                f"step {plan.step} differs at row {index}: recorded {theirs}, now {ours}"
-            )
-    raise LogError(
-        f"step {plan.step} differs: recorded {len(event.rows)} rows, now {len(rows)}"
-        if len(rows) != len(event.rows)
-        else f"step {plan.step} has the same rows with other blocks, slots or tokens"
-    )

@@ -21,9 +21,10 @@ from engine.core import batching, scheduler, upkeep
 from engine.core.block_pool import PoolCounts
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
-from engine.runtime.event_log import Recorder
 from engine.runtime.figures import StepRecord, Totals
+from engine.runtime.recorder import Recorder
 from engine.runtime.runner import Launched, Runner
+from engine.runtime.waits import Waits
 from engine.sampling import InvalidRequest
 from engine.types import Domain, FinishReason, QueueFull, Request, StepOutput, StepPlan
 
@@ -78,6 +79,7 @@ class EngineLoop:
       on_news: called on the loop's thread with each step's outputs and rejections; it must
         return quickly.
       record: file to write the event log to.
+      record_tokens: with requests and token ids in full.
       on_step: called with each step's figures, for benchmarks.
     """
 
@@ -87,6 +89,7 @@ class EngineLoop:
         limits: Limits,
         on_news: Callable[[News], None],
         record: str | None = None,
+        record_tokens: bool = False,
         on_step: Callable[[StepRecord], None] | None = None,
     ):
         self.limits = limits
@@ -104,7 +107,8 @@ class EngineLoop:
         self._live: dict[str, Request] = {}  # by each name of theirs
         self._deadlines: list[tuple[float, str]] = []
         self._planned: StepPlan | None = None  # planned, but not launched yet
-        self._recorder = Recorder(record, limits) if record else None
+        self._recorder = Recorder(record, limits, tokens=record_tokens) if record else None
+        self._waits = Waits()
         self._closing = False
         self._started = time.monotonic()
         self._ticked = 0.0  # seconds after that
@@ -214,6 +218,7 @@ class EngineLoop:
         self._state, plan = scheduler.schedule(self._state, self.limits)
         self._planned = plan
         self._record(lambda recorder: recorder.schedule(plan))
+        self._waits.planned(plan, self._state.holding, begin)
         self.totals.add_plan(plan, self._state.holding)
         if not plan.rows:
             self._runner.move_blocks(plan)
@@ -239,7 +244,7 @@ class EngineLoop:
         self._state, outputs = scheduler.commit(self._state, plan, tokens, self.limits)
         self.totals.add_step(plan.num_tokens, step.padded_tokens)
         self._forget_finished(outputs)
-        self._publish(outputs)
+        self._publish(self._waits.tell(outputs, time.perf_counter()))
         if on_step := self.on_step:
             state = self._state
             on_step(
@@ -270,9 +275,11 @@ class EngineLoop:
         self.totals.failed_steps += 1
         self._record(lambda recorder: recorder.fail(tuple(plans)))
         self._state, outputs = scheduler.fail(self._state, tuple(plans))
+        now = time.perf_counter()
+        self._waits.failed(now)
         self._runner.reset()
         self._forget_finished(outputs)
-        self._publish(outputs)
+        self._publish(self._waits.tell(outputs, now))
 
     def _take_events(self, *, may_wait: bool) -> bool:
         """Take what is in the inbox. Returns whether to go on."""
@@ -349,6 +356,7 @@ class EngineLoop:
             news.append(Rejected(request.request_id, error))
             return
         self._live.update(dict.fromkeys(request.names, request))
+        self._waits.arrived(request.names, time.perf_counter())
         self._record(lambda recorder: recorder.admit(request))
         if request.deadline is not None:
             for name in request.names:
@@ -367,7 +375,7 @@ class EngineLoop:
             return ()
         self._record(lambda recorder: recorder.abort(request_id, reason))
         self._state, outputs = scheduler.abort(self._state, request_id, reason)
-        return outputs
+        return self._waits.tell(outputs, time.perf_counter())
 
     def _fail_everything(self) -> None:
         """Tell every request, admitted or not, that the loop is gone."""

@@ -299,6 +299,11 @@ def responses_from_delta(request_id: str, delta: Delta) -> Iterator[pb.GenerateR
     )
     if delta.finish_reason is not None:
         last.finish_reason = _FINISH_TO_PROTO[delta.finish_reason]
+        if delta.waited is not None:
+            # What a client can tell from the time anyway; how many steps other requests took, it
+            # can't.
+            last.waited_seconds = round(delta.waited.seconds, 3)
+            last.waited_for.extend(delta.waited.held)
     if isinstance(delta.stop_reason, str):
         last.stop_text = delta.stop_reason
     elif delta.stop_reason is not None:

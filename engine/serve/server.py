@@ -121,7 +121,11 @@ class Server:
 
 
 def run_server(
-    config: Config, record: str | None = None, progress: Callable[..., None] | None = None
+    config: Config,
+    record: str | None = None,
+    progress: Callable[..., None] | None = None,
+    *,
+    record_tokens: bool = False,
 ) -> int:
     """Serve a config until SIGINT or SIGTERM. The implementation of `octavo serve`.
 
@@ -129,6 +133,7 @@ def run_server(
       config: the whole config.
       record: a file to which the engine writes its event log.
       progress: passed to `Engine.from_config`.
+      record_tokens: the log holds requests and token ids in full.
 
     Returns:
       The exit code: 0 after a signal, 1 if the address is not available or the engine stopped
@@ -138,7 +143,9 @@ def run_server(
     def load() -> Engine:
         from engine.frontend import Engine
 
-        return Engine.from_config(config, record=record, progress=progress)
+        return Engine.from_config(
+            config, record=record, record_tokens=record_tokens, progress=progress
+        )
 
     return serve(config.server, load)
 

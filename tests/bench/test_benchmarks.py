@@ -30,7 +30,7 @@ def test_the_scheduler_is_measured_in_every_case_over_every_pool(tmp_path: Path)
 
 
 def test_sequences_end_and_start_only_where_they_should(tmp_path: Path) -> None:
-    steady, _, turnover = (
+    steady, _, turnover, _ = (
         scheduler.measure(case, 2000, sequences=32, steps=60, rounds=1) for case in scheduler.CASES
     )
     assert steady.mean_rows == 32

@@ -78,15 +78,20 @@ def make_limits(numbers: Numbers) -> Limits:
 
 
 def make_simulation(numbers: Numbers) -> Simulation:
-    """A simulation with these limits, whose cache has a public prefix."""
+    """A simulation with these limits, whose cache may have a public prefix."""
     simulation = Simulation(make_limits(numbers), numbers["max_in_flight"])
+    declare_public(simulation, numbers)
+    return simulation
+
+
+def declare_public(simulation: Simulation, numbers: Numbers) -> None:
+    """Make the beginning of a text public, if there is room for it."""
     limits, length = simulation.limits, numbers["public"]
     fits = 2 * (length // limits.block_size) <= limits.num_blocks
     if length > 0 and limits.prefix_reuse and fits and length < limits.max_model_len:
         prompt = text_of(0, length)
         greedy = SamplingParams(temperature=0.0)
         simulation.admit(Request("public", prompt, greedy, max_tokens=1, is_public=True))
-    return simulation
 
 
 def text_of(family: int, length: int) -> tuple[int, ...]:

@@ -35,7 +35,7 @@ from engine.types import (
 from tests.core.oracle import TIMES_TO_LIVE, History, Record, logprob_at, plain
 
 if TYPE_CHECKING:
-    from engine.runtime.event_log import Recorder
+    from engine.runtime.recorder import Recorder
 
 
 @dataclasses.dataclass

@@ -183,6 +183,8 @@ def test_a_snapshot_says_who_holds_what_without_saying_what_was_said():
             "num_known": 3,
             "num_total": 3,
             "num_computed": 2,
+            "num_preemptions": 0,
+            "forks": [],
             "blocks": [0],
         },
         {
@@ -193,6 +195,8 @@ def test_a_snapshot_says_who_holds_what_without_saying_what_was_said():
             "num_known": 4,
             "num_total": 4,
             "num_computed": 3,
+            "num_preemptions": 0,
+            "forks": [],
             "blocks": [1],
         },
     ]

@@ -12,30 +12,39 @@ from typing import Any
 
 import pytest
 
-from engine.runtime.event_log import MAX_BLOCKS, LogError, Recorder, replay
+from engine.runtime.event_log import MAX_BLOCKS, LogError
+from engine.runtime.recorder import Recorder
+from engine.runtime.replay import replay
 from engine.sampling import SamplingParams
 from engine.types import Domain, FinishReason
 from tests.core.driver import make_limits, make_request
-from tests.core.random_operations import LIMITS, draw, perform_random
+from tests.core.random_operations import LIMITS, declare_public, draw, perform_random
 from tests.core.random_operations import make_limits as random_limits
 from tests.core.simulation import Simulation
 
 
-def record_random(path: Path, seed: int, num_operations: int = 300) -> Simulation:
+def record_random(
+    path: Path, seed: int, num_operations: int = 300, *, tokens: bool = False
+) -> Simulation:
     """Record a random simulation."""
     rng = random.Random(seed)
-    limits = random_limits(draw(rng, LIMITS))
-    recorder = Recorder(path, limits)
+    numbers = draw(rng, LIMITS)
+    limits = random_limits(numbers)
+    recorder = Recorder(path, limits, tokens=tokens)
     simulation = Simulation(limits, rng.randint(1, 3), recorder)
+    declare_public(simulation, numbers)
     perform_random(simulation, rng, num_operations)
     recorder.close()
+    if recorder._pseudonyms:
+        # A public prefix is remembered, as a failure may make it run again.
+        assert recorder._pseudonyms._sequences.keys() - {"public"} == simulation.records.keys()
     return simulation
 
 
-def record_story(path: Path) -> Simulation:
+def record_story(path: Path, *, tokens: bool = False) -> Simulation:
     """A short log with every kind of event, and preemptions."""
     limits = make_limits(num_blocks=5, max_num_seqs=2)
-    recorder = Recorder(path, limits)
+    recorder = Recorder(path, limits, tokens=tokens)
     simulation = Simulation(limits, 2, recorder)
     for name in "ab":
         simulation.admit(make_request(name, (3, 1, 4, 1, 0, 2, 0), max_tokens=9))
@@ -59,6 +68,14 @@ def log(tmp_path: Path) -> Path:
     return path
 
 
+@pytest.fixture
+def full_log(tmp_path: Path) -> Path:
+    """The same with tokens."""
+    path = tmp_path / "full.jsonl"
+    record_story(path, tokens=True)
+    return path
+
+
 def edit(path: Path, number: int, change: Callable[[Any], Any]) -> None:
     """Change one line of a log, counted from 1, as a JSON value."""
     lines = path.read_text().splitlines(keepends=True)
@@ -79,12 +96,16 @@ def error_of(path: Path, **options: bool) -> str:
     return str(caught.value)
 
 
+@pytest.mark.parametrize("tokens", [False, True], ids=["hashed", "full"])
 @pytest.mark.parametrize("seed", range(12))
-def test_a_recorded_run_replays_to_identical_plans_and_an_equal_state(tmp_path: Path, seed: int):
+def test_a_recorded_run_replays_to_identical_plans_and_an_equal_state(
+    tmp_path: Path, seed: int, tokens: bool
+):
     path = tmp_path / "events.jsonl"
-    simulation = record_random(path, seed)
+    simulation = record_random(path, seed, tokens=tokens)
     seen = replay(path, check=seed < 2)
     counts = simulation.counts
+    assert seen.holds_tokens == tokens
     assert seen.state.snapshot() == simulation.state.snapshot()
     assert seen.preemptions == counts["preempted"]
     assert seen.requests == counts["operation: admit"] - counts["refused"]
@@ -97,7 +118,7 @@ def test_preemptions_happen_in_what_is_replayed(tmp_path: Path):
     assert sum(record_random(path, seed).counts["preempted"] > 0 for seed in range(12)) >= 2
 
 
-def test_a_request_survives_the_log_in_every_field(tmp_path: Path):
+def test_a_request_survives_a_log_with_tokens_in_every_field(tmp_path: Path):
     request = dataclasses.replace(
         make_request("idé\ud800", (5, 6), max_tokens=3, seed=2**64 - 1, priority=-3),
         sampling=SamplingParams(
@@ -109,7 +130,7 @@ def test_a_request_survives_the_log_in_every_field(tmp_path: Path):
         deadline=12.5,
     )
     path = tmp_path / "events.jsonl"
-    recorder = Recorder(path, make_limits())
+    recorder = Recorder(path, make_limits(), tokens=True)
     recorder.admit(request)
     recorder.close()
     state = replay(path).state
@@ -120,33 +141,18 @@ def test_a_request_survives_the_log_in_every_field(tmp_path: Path):
 # What doesn't replay.
 
 
-def test_a_changed_token_is_found_at_the_first_plan_that_differs(log: Path):
-    number = first_line_with(log, "commit")
-    edit(log, number, lambda event: {**event, "tokens": [token ^ 1 for token in event["tokens"]]})
-    later = first_line_with(log, "schedule", 1)
-    assert error_of(log) == (
-        f"{log}:{later}: step 1 has the same rows with other blocks, slots or tokens"
-    )
-
-
-def test_a_changed_row_is_found_at_its_line(log: Path):
-    number = first_line_with(log, "schedule")
-    edit(log, number, lambda event: {**event, "digest": "0" * 64, "rows": [["a", 0, 6]]})
-    assert error_of(log) == (
-        f"{log}:{number}: step 0 differs at row 0: recorded ('a', 0, 6), now ('a', 0, 7)"
-    )
-
-
 def test_a_row_too_few_is_found_at_its_line(log: Path):
     number = first_line_with(log, "schedule")
-    edit(log, number, lambda event: {**event, "digest": "0" * 64, "rows": event["rows"][:1]})
-    assert error_of(log) == f"{log}:{number}: step 0 differs: recorded 1 rows, now 2"
+    edit(log, number, lambda event: {**event, "digest": "0" * 32, "rows": 1, "tokens": 7})
+    assert error_of(log) == (
+        f"{log}:{number}: step 0 differs: recorded 1 rows with 7 tokens, now 2 with 14"
+    )
 
 
 def test_a_changed_digest_is_found_at_its_line(log: Path):
     number = first_line_with(log, "schedule", 2)
     edit(log, number, lambda event: {**event, "digest": event["digest"][::-1]})
-    assert error_of(log).startswith(f"{log}:{number}: step 2 has the same rows")
+    assert error_of(log).startswith(f"{log}:{number}: step 2 differs: it has as many rows")
 
 
 def test_a_changed_step_number_is_found_at_its_line(log: Path):
@@ -164,14 +170,13 @@ def test_changed_limits_are_found_at_the_first_line_that_they_matter_to(
 ):
     edit(log, 1, lambda event: {**event, "limits": {**event["limits"], name: value}})
     number = int(error_of(log).removeprefix(f"{log}:").split(":")[0])
-    assert number >= first_line_with(log, "schedule")
+    assert number > 1
 
 
 def test_a_changed_prompt_a_missing_line_and_a_doubled_line_are_found(log: Path):
     text = log.read_text()
     lines = text.splitlines(keepends=True)
-    prompt = {"prompt_ids": [0, 1, 4, 1, 0, 2, 0]}
-    edit(log, 2, lambda event: {"admit": event["admit"] | prompt})
+    edit(log, 2, lambda event: event | {"admit": 6, "marks": event["marks"][:2]})
     error_of(log)
     for number in range(1, len(lines) - 1):  # nothing comes after the last two to show it
         log.write_text("".join(lines[: number - 1] + lines[number:]))
@@ -200,15 +205,18 @@ def test_a_torn_last_line_is_ignored(log: Path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        (b"", "is not an Octavo event log of format 1"),
+        (b"", "is not an Octavo event log"),
         (b"\n", ":1: not JSON"),
         (b"[1]\n", ":1: not an event"),
         (b"7\n", ":1: not an event"),
-        (b"{}\n", "is not an Octavo event log of format 1"),
-        (b'{"octavo_event_log":2,"limits":{}}\n', "is not an Octavo event log of format 1"),
-        (b'{"octavo_event_log":1}\n', ":1: Object missing required field `limits`"),
+        (b"{}\n", "is not an Octavo event log"),
+        (
+            b'{"octavo_event_log":1,"limits":{}}\n',
+            "of format 1, but this version replays format 2; use",
+        ),
+        (b'{"octavo_event_log":2}\n', ":1: Object missing required field `limits`"),
         (b"\xff\xfe\x00GGUF\n", "can't read"),
-        (b'{"octavo_event_log":1', "is not an Octavo event log of format 1"),
+        (b'{"octavo_event_log":2', "is not an Octavo event log"),
     ],
 )
 def test_a_file_that_is_no_log_is_refused(tmp_path: Path, content: bytes, message: str):
@@ -259,33 +267,44 @@ HOSTILE = [
     '{"admit":null}',
     '{"admit":{}}',
     '{"admit":[]}',
+    '{"admit":8,"marks":[],"max_tokens":1,"domain":["",""]}',
+    '{"admit":8,"marks":[1,2,3,4,5],"max_tokens":1,"domain":["",""]}',
+    '{"admit":0,"marks":[],"max_tokens":1,"domain":["",""]}',
+    '{"admit":1,"marks":[],"max_tokens":0,"domain":["",""]}',
+    '{"admit":1,"marks":[],"max_tokens":1,"domain":""}',
+    '{"admit":1,"marks":[],"max_tokens":1,"domain":["",""],"forks":2147483647}',
+    '{"admit":2147483647,"marks":[],"max_tokens":1,"domain":["",""]}',
+    '{"admit":2147483648,"marks":[],"max_tokens":1,"domain":["",""]}',
+    '{"admit":3,"marks":[-1],"max_tokens":1,"domain":["",""]}',
+    '{"admit":3,"marks":[2147483648],"max_tokens":1,"domain":["",""]}',
+    '{"admit_request":1}',
+    '{"admit_request":{}}',
     '{"abort":"a"}',
-    '{"abort":["a"]}',
-    '{"abort":["a","abort","more"]}',
-    '{"abort":["a","nonsense"]}',
-    '{"abort":[["a"],"abort"]}',
-    '{"abort":[{"a":1},"abort"]}',
+    '{"abort":["a"],"reason":"abort"}',
+    '{"abort":"a","reason":"nonsense"}',
+    '{"abort":{"a":1},"reason":"abort"}',
     '{"schedule":0}',
-    '{"schedule":0,"digest":5,"rows":[]}',
-    '{"schedule":0,"digest":"","rows":null}',
-    '{"schedule":0,"digest":"","rows":[[1,2,3]]}',
-    '{"schedule":[0],"digest":"","rows":[]}',
-    '{"schedule":NaN,"digest":"","rows":[]}',
+    '{"schedule":0,"digest":5,"rows":0,"tokens":0}',
+    '{"schedule":0,"digest":"","rows":null,"tokens":0}',
+    '{"schedule":0,"digest":"","rows":0,"tokens":0}',
+    '{"schedule":[0],"digest":"","rows":0,"tokens":0}',
+    '{"schedule":NaN,"digest":"","rows":0,"tokens":0}',
     '{"commit":0}',
-    '{"commit":0,"tokens":[1]}',
-    '{"commit":-1,"tokens":[]}',
-    '{"commit":[],"tokens":[]}',
-    '{"commit":Infinity,"tokens":[]}',
+    '{"commit":0,"rows":1}',
+    '{"commit":-1,"rows":0}',
+    '{"commit":[],"rows":0}',
+    '{"commit":Infinity,"rows":0}',
+    '{"commit_tokens":0,"tokens":[1]}',
     '{"fail":3}',
     '{"fail":[3]}',
     '{"fail":[[]]}',
     '{"fail":[1e400]}',
     '{"fail":[' + "9" * 5000 + "]}",
-    '{"abort":["a","abort"],"fail":[]}',
-    '{"abort":["a","abort"],"extra":1}',
+    '{"abort":"a","reason":"abort","fail":[]}',
+    '{"abort":"a","reason":"abort","extra":1}',
     "[" * 100_000,
     "[" * 100_000 + "]" * 100_000,
-    '{"admit":' + '{"sampling":' * 50_000 + "1" + "}" * 50_001,
+    '{"admit_request":' + '{"sampling":' * 50_000 + "1" + "}" * 50_001,
     '{"abort":' + "[" * 400 + "]" * 400 + "}",
 ]
 
@@ -327,14 +346,15 @@ def test_a_hostile_line_is_named_and_nothing_else_happens(log: Path, line: str):
         ("owner", "me"),
     ],
 )
-def test_a_request_with_a_wrong_field_is_refused(log: Path, field: str, value: Any):
+def test_a_request_with_a_wrong_field_is_refused(full_log: Path, field: str, value: Any):
     """What is out of range may pass as a request, but then not as a recorded plan."""
-    edit(log, 2, lambda event: {"admit": {**event["admit"], field: value}})
-    assert error_of(log).startswith(f"{log}:")
+    edit(full_log, 2, lambda event: {"admit_request": {**event["admit_request"], field: value}})
+    assert error_of(full_log).startswith(f"{full_log}:")
 
 
-def test_tokens_that_no_device_could_say_are_refused(log: Path):
-    number = first_line_with(log, "commit")
+def test_tokens_that_no_device_could_say_are_refused(full_log: Path):
+    log = full_log
+    number = first_line_with(log, "commit_tokens")
     for tokens in ([2**31, 0], [10**30, 0], [1.5, 0], ["1", 0], [None, 0], [[], 0], [0], [0, 0, 0]):
         text = log.read_text()
         edit(log, number, lambda event, tokens=tokens: {**event, "tokens": tokens})
@@ -352,7 +372,7 @@ def test_steps_out_of_order_are_refused(tmp_path: Path):
     recorder.close()
     head = path.read_text()
     later, earlier = (
-        json.dumps({"commit": plan.step, "tokens": [1]}) + "\n" for plan in reversed(plans)
+        json.dumps({"commit": plan.step, "rows": 1}) + "\n" for plan in reversed(plans)
     )
     path.write_text(head + earlier + later)
     replay(path)

@@ -15,9 +15,9 @@ import pytest
 from engine.core import scheduler
 from engine.core.batching import Batch
 from engine.runtime import compiles, loop
-from engine.runtime.event_log import replay
 from engine.runtime.figures import StepRecord
 from engine.runtime.loop import EngineLoop, EngineStopped
+from engine.runtime.replay import replay
 from engine.runtime.runner import Launched
 from engine.sampling import InvalidRequest
 from engine.types import FinishReason, QueueFull, StepPlan, StepTokens

@@ -26,9 +26,9 @@ from engine.core import scheduler
 from engine.core.limits import Limits
 from engine.model import sampler
 from engine.runtime import compiles, loop
-from engine.runtime.event_log import replay
 from engine.runtime.figures import Totals
 from engine.runtime.loop import EngineLoop, News
+from engine.runtime.replay import replay
 from engine.types import FinishReason, Request, StepOutput, StepPlan, TokenLogprobs
 from tests.engines import Result, SmallEngine, make_request, small_engine
 from tests.runtime.tiny import random_ids

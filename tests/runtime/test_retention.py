@@ -13,9 +13,9 @@ from engine.aot.hlo import pool_copies
 from engine.core import scheduler, upkeep
 from engine.core.scheduler import SchedulerState
 from engine.runtime.block_copies import BlockEraser
-from engine.runtime.event_log import replay
 from engine.runtime.host_pool import HostPool
 from engine.runtime.loop import EngineStopped
+from engine.runtime.replay import replay
 from engine.types import Domain, SwapIn, SwapOut
 from tests.engines import make_request, small_engine
 from tests.runtime.fake_runner import LIMITS, FakeRunner, start_loop

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import dataclasses
 import subprocess
 import sys
 import threading
@@ -12,13 +13,13 @@ import grpc
 import pytest
 
 from engine import frontend
-from engine.client import AsyncClient, Delta, ServiceError
+from engine.client import AsyncClient, Delta, ServiceError, _delta
 from engine.config import ServerConfig
 from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.sampling import SamplingParams
 from engine.serve import convert
 from engine.serve.server import Server
-from engine.types import FinishReason, TokenLogprobs
+from engine.types import FinishReason, Held, TokenLogprobs, Waited
 from tests.conftest import ROOT
 from tests.serve.fake_engine import FakeEngine, collect, until
 
@@ -32,6 +33,31 @@ async def test_an_answer_streams_and_its_last_part_says_why_it_ended(client: Asy
     last = deltas[-1]
     assert last.finish_reason is FinishReason.LENGTH
     assert (last.prompt_tokens, last.cached_tokens, last.completion_tokens) == (5, 2, 5)
+
+
+def test_the_last_message_says_how_long_the_answer_waited_and_for_what() -> None:
+    """And not for how many steps: that would count what other clients ask for."""
+    held = {"blocks": Held(17, 0.1), "slots": Held(1234, 0.02)}
+    delta = frontend.Delta(
+        index=0,
+        text="text",
+        token_ids=(1,),
+        logprobs=(),
+        prompt_logprobs=(),
+        finish_reason=None,
+        stop_reason=None,
+        usage=frontend.Usage(1, 0, 1),
+        waited=Waited(0.1234567, held),
+    )
+    [part] = convert.responses_from_delta("name", delta)
+    assert (_delta(part).waited_seconds, _delta(part).waited_for) == (None, ())
+    delta = dataclasses.replace(delta, finish_reason=FinishReason.LENGTH)
+    [part] = convert.responses_from_delta("name", delta)
+    assert (_delta(part).waited_seconds, _delta(part).waited_for) == (0.123, ("blocks", "slots"))
+    assert "17" not in str(part)
+    assert "1234" not in str(part)
+    [part] = convert.responses_from_delta("name", dataclasses.replace(delta, waited=None))
+    assert _delta(part).waited_seconds is None
 
 
 async def test_token_ids_and_messages_are_prompts_too(client: AsyncClient) -> None:
