@@ -3,14 +3,15 @@
 A block is in exactly one of three states. *Free*: nobody's, contents meaningless. *Owned*:
 held by one or more sequences (its reference count). *Cached*: held by nobody, but its key
 still names its contents; it is handed out again on a match, or evicted when blocks run out,
-least recently released first.
+in the order of `eviction`.
 """
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
+
+from engine.core.eviction import EvictionOrder
 
 
 class PoolCounts(NamedTuple):
@@ -45,7 +46,7 @@ class BlockPool:
         self.num_blocks = num_blocks
         self._ref_counts = [0] * num_blocks
         self._free = list(range(num_blocks - 1, -1, -1))  # a stack: block 0 goes out first
-        self._cached: OrderedDict[int, None] = OrderedDict()  # in order of eviction
+        self._cached = EvictionOrder()
         self._block_of: dict[bytes, int] = {}
         self._key_of: dict[int, bytes] = {}
         self._evicted: list[tuple[int, bytes]] = []
@@ -106,7 +107,7 @@ class BlockPool:
         for block in blocks:
             if self._ref_counts[block] == 0:
                 assert block in self._cached, f"block {block} is shared, but it is free"
-                del self._cached[block]
+                self._cached.remove(block)
             self._ref_counts[block] += 1
 
     def release(self, blocks: Sequence[int]) -> None:
@@ -121,7 +122,7 @@ class BlockPool:
             self._ref_counts[block] = count
             if count == 0:
                 if block in self._key_of:
-                    self._cached[block] = None
+                    self._cached.add(block)
                 else:
                     self._free.append(block)
 
@@ -180,7 +181,7 @@ class BlockPool:
         assert self._block_of == {key: block for block, key in self._key_of.items()}
 
     def _evict(self) -> int:
-        block, _ = self._cached.popitem(last=False)
+        block = self._cached.pop()
         key = self._key_of.pop(block)
         del self._block_of[key]
         self._evicted.append((block, key))
