@@ -78,6 +78,20 @@ def engine(
 
 
 @app.command
+def eviction(*, requests: int = 1000, seed: int = 0, output: Path = RESULTS) -> int:
+    """Hit rates of orders of eviction on simulated chats, beside the optimum; any machine.
+
+    Args:
+      requests: of each stream.
+      seed: of the streams.
+      output: folder for the JSON.
+    """
+    from benchmarks import eviction as benchmark
+
+    return benchmark.run(requests=requests, seed=seed, folder=output)
+
+
+@app.command
 def overload(
     *,
     simulated: Annotated[bool, Parameter(negative=())] = False,

@@ -10,6 +10,7 @@ import asyncio
 import dataclasses
 import datetime
 import statistics
+import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -192,10 +193,13 @@ async def _measure(
     held = {
         name: steps - before.held_steps.get(name, 0) for name, steps in after.held_steps.items()
     }
+    throughput = sum(r.output_tokens for r in served) / driven.wall
+    name = "all at once" if load is None else f"{load:g}x"
+    print(f"{name}: {driven.wall:.1f} s, {throughput:.1f} output tokens/s", file=sys.stderr)
     return Point(
         load=load,
         rate=rate,
-        output_tokens_per_s=sum(r.output_tokens for r in served) / driven.wall,
+        output_tokens_per_s=throughput,
         requests_per_s=len(served) / driven.wall,
         preemptions=found.preemptions,
         recomputed_tokens=computed - needed,
