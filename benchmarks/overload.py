@@ -47,7 +47,7 @@ SIMULATED_LIMITS = Limits(
 )
 PROMPT_TOKENS = (32, 160)  # of the real requests, uniform
 MEAN_OUTPUT, MAX_OUTPUT = 32, 96  # tokens; geometric, so that nobody knows how long one gets
-TABLE_WIDTH = 140
+TABLE_WIDTH = 160
 NUM_BLOCKS = 64  # of the real pool: about ten sequences
 
 
@@ -269,7 +269,8 @@ def _table(title: str, points: Sequence[Point]) -> Table:
     columns = ("load", "requests/s", "output tokens/s", "of the best", "preemptions")
     columns += ("recomputed", "tax", "wait p50", "worst", "overtaken", "unfinished", "held back by")
     for column in columns:
-        table.add_column(column, justify="left" if column == "held back by" else "right")
+        justify = "left" if column == "held back by" else "right"
+        table.add_column(column, justify=justify, no_wrap=True)
     rows = list(_by_load(points))
     best = max(_median(runs, "output_tokens_per_s") for runs in rows)
     for runs in rows:
