@@ -1,8 +1,7 @@
 """The order in which cached blocks are evicted: the least recently released goes first.
 
-Measured against frequency-aware orders and the optimum that knows the future
-(docs/benchmarks/2026-11-23-eviction.md): none of them is better on chats, and it needs no more than
-a list.
+On chats it is as good as any that was tried; where most prompts come once, ARC is better
+(docs/benchmarks/2026-11-23-eviction.md).
 """
 
 from __future__ import annotations
