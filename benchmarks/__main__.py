@@ -77,6 +77,66 @@ def engine(
     return benchmark.run(config, tuple(set_ or ()), names, repeat=repeat, folder=output)
 
 
+@app.command
+def eviction(*, requests: int = 1000, seed: int = 0, output: Path = RESULTS) -> int:
+    """Hit rates of orders of eviction on simulated chats, beside the optimum; any machine.
+
+    Args:
+      requests: of each stream.
+      seed: of the streams.
+      output: folder for the JSON.
+    """
+    from benchmarks import eviction as benchmark
+
+    return benchmark.run(requests=requests, seed=seed, folder=output)
+
+
+@app.command
+def overload(
+    *,
+    simulated: Annotated[bool, Parameter(negative=())] = False,
+    config: Annotated[Path, Parameter(name=["--config", "-c"])] = Path(
+        "configs/smollm2-135m-cpu.yaml"
+    ),
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    loads: Annotated[list[float] | None, SEVERAL] = None,
+    requests: int | None = None,
+    repeat: int = 2,
+    seed: int = 0,
+    output: Path = RESULTS,
+) -> int:
+    """Throughput, recomputation and waiting at multiples of the load that can be served.
+
+    Args:
+      simulated: on a simulated device, the same on any machine; else through an engine here,
+        with a pool so small that it is what limits it.
+      config: a YAML file, for the engine.
+      set_: key=value that replaces the config's, dotted.
+      loads: multiples of the capacity; 0.5 1 2 4, and 8 simulated, by default.
+      requests: of each load; 120 by default, simulated 3,000.
+      repeat: sweeps of the engine, whose medians are shown.
+      seed: of the requests.
+      output: folder for the JSON.
+    """
+    from benchmarks import overload as benchmark
+
+    if simulated:
+        if set_:
+            raise ValueError("--set is for the engine's config; leave it or --simulated out")
+        return benchmark.run_simulated(
+            loads=loads or (0.5, 1, 2, 4, 8), requests=requests or 3000, seed=seed, folder=output
+        )
+    return benchmark.run_engine(
+        config,
+        tuple(set_ or ()),
+        loads=loads or (0.5, 1, 2, 4),
+        requests=requests or 120,
+        repeat=repeat,
+        seed=seed,
+        folder=output,
+    )
+
+
 @app.command(help_flags=[])
 def attention(*options: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
     """Check and time attention backends on this device; `attention --help` lists the options."""

@@ -73,6 +73,11 @@ class SchedulerState:
         return self._peek().holding
 
     @property
+    def core(self) -> Core:
+        """Everything it holds, for simulations and pictures: to look at, and not to change."""
+        return self._peek()
+
+    @property
     def is_idle(self) -> bool:
         """Whether no request is left, and nothing to erase: another plan would be empty."""
         core = self._peek()

@@ -31,6 +31,9 @@ def simulate(
     rate: float | None = None,
     turns: float = 1.0,
     think_s: float = 10.0,
+    system_share: float = 0.0,
+    system_tokens: int = 512,
+    system_prompts: int = 8,
     seed: int = 0,
     device: str = "v6e",
     num_blocks: int | None = None,
@@ -40,6 +43,8 @@ def simulate(
     max_step_tokens: int = 2048,
     max_model_len: int = 2048,
     max_tokens: int | None = None,
+    prefix_reuse: bool = True,
+    host_memory: str | int | None = None,
     json: bool = False,
     console: Annotated[Console | None, Parameter(parse=False)] = None,
 ) -> list[Figures]:
@@ -51,8 +56,11 @@ def simulate(
       allocator: names, with commas between them or given several times; each is a column.
       requests: how many.
       rate: requests a second; None: all at once.
-      turns: of a conversation on average. If there are any, `paged` reuses prefixes.
+      turns: of a conversation on average; each repeats what was said before. Where requests have
+        a beginning in common, `paged` reuses it.
       think_s: mean seconds between an answer and the next turn.
+      system_share: part of the conversations that begin with one of `system_prompts` prompts of
+        `system_tokens` tokens.
       seed: of the stream.
       device: whose published peaks a step's time is estimated from: v6e or h100.
       num_blocks: of the pool, by default what fits beside the weights.
@@ -62,6 +70,8 @@ def simulate(
       max_model_len: prompt and answer at their longest, in tokens.
       max_tokens: what each client gives; None: answers may be as long as the model's context,
         and slabs are sized for that.
+      prefix_reuse: off to compare with; every prompt is then computed whole.
+      host_memory: bytes of the tier below the pool, or text such as 8GiB; none by default.
       json: print JSON instead of a table.
       console: where to print.
 
@@ -78,8 +88,18 @@ def simulate(
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1")
     blocks = _blocks(cost, num_blocks, memory, block_size)
+    host_blocks = 0 if host_memory is None else cost.blocks_in(parse_size(host_memory), block_size)
     if trace is None:
-        stream = sharegpt_like(requests, rate=rate, turns=turns, think_s=think_s, seed=seed)
+        stream = sharegpt_like(
+            requests,
+            rate=rate,
+            turns=turns,
+            think_s=think_s,
+            system_share=system_share,
+            system_tokens=system_tokens,
+            num_system_prompts=system_prompts,
+            seed=seed,
+        )
         source = f"{requests:,} requests like ShareGPT's (seed {seed}), "
         source += "all at once" if rate is None else f"{rate:g} a second"
     else:
@@ -91,7 +111,8 @@ def simulate(
         max_num_seqs=max_num_seqs,
         max_step_tokens=max_step_tokens,
         max_model_len=max_model_len,
-        prefix_reuse=stream.has_conversations,
+        prefix_reuse=prefix_reuse and stream.has_shared_prefixes,
+        host_blocks=host_blocks,
     )
     reports = _run_all(stream, limits, cost, names, max_tokens)
     console = console or Console()

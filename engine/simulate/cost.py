@@ -26,6 +26,7 @@ class CostModel:
       flops_per_s: peak rate of dense bfloat16 matrix products.
       overhead_s: of every step, whatever it holds: launch, sampling, transfers.
       memory_bytes: of the device.
+      host_bytes_per_s: between its memory and the host's.
     """
 
     name: str
@@ -37,8 +38,9 @@ class CostModel:
     flops_per_s: float
     overhead_s: float
     memory_bytes: float
+    host_bytes_per_s: float = 32e9  # a guess: half of what a PCIe 5.0 x16 slot can do
 
-    def step_s(self, num_tokens: int, num_pairs: int, context: int) -> float:
+    def step_s(self, num_tokens: int, num_pairs: int, context: int, num_swapped: int = 0) -> float:
         """Seconds of a step.
 
         Args:
@@ -46,10 +48,12 @@ class CostModel:
           num_pairs: (query, key) position pairs attended to: a position sees itself and those
             before it.
           context: positions whose keys and values are read or written, over all rows.
+          num_swapped: positions moved to or from host memory; nothing else is done meanwhile.
         """
         flops = num_tokens * self.flops_per_token + num_pairs * self.flops_per_pair
         read = self.weight_bytes + context * self.kv_bytes_per_token
-        return self.overhead_s + max(flops / self.flops_per_s, read / self.bytes_per_s)
+        swaps_s = num_swapped * self.kv_bytes_per_token / self.host_bytes_per_s
+        return self.overhead_s + swaps_s + max(flops / self.flops_per_s, read / self.bytes_per_s)
 
     def blocks_in(self, memory: float, block_size: int) -> int:
         """Whole blocks of `block_size` tokens in so many bytes."""

@@ -62,6 +62,8 @@ class Figures:
       preemptions: times that a sequence lost its blocks.
       recomputed_tokens: positions computed again after that.
       cached_tokens: prompt tokens that were found in the cache.
+      hit_rate: the share of those in all prompt tokens of requests that finished.
+      swapped_out, swapped_in: blocks, between pool and host tier.
       ttft_s, latency_s: from arrival to the first and to the last token.
       steps: of the device.
       timeline: samples, thinned evenly.
@@ -82,6 +84,9 @@ class Figures:
     preemptions: int
     recomputed_tokens: int
     cached_tokens: int
+    hit_rate: float
+    swapped_out: int
+    swapped_in: int
     ttft_s: Percentiles
     latency_s: Percentiles
     steps: int
@@ -132,6 +137,9 @@ def figures(outcome: Outcome, prompt_tokens: np.ndarray) -> Figures:
         preemptions=outcome.num_preemptions,
         recomputed_tokens=outcome.num_computed - int(needed.sum()),
         cached_tokens=int(outcome.num_cached.sum()),
+        hit_rate=_ratio(int(outcome.num_cached.sum()), int(prompt_tokens[is_finished].sum())),
+        swapped_out=outcome.num_swapped_out,
+        swapped_in=outcome.num_swapped_in,
         ttft_s=Percentiles.of(outcome.first_token_s - outcome.arrival_s),
         latency_s=Percentiles.of(outcome.finish_s - outcome.arrival_s),
         steps=outcome.num_steps,
@@ -162,6 +170,12 @@ def render(title: str, reports: list[Figures], block_size: int) -> Group:
     row("preemptions", [f"{r.preemptions:,}" for r in reports])
     row("  positions computed again", [f"{r.recomputed_tokens:,}" for r in reports])
     row("prompt tokens from the cache", [f"{r.cached_tokens:,}" for r in reports])
+    row("  of all (hit rate)", [f"{r.hit_rate:.1%}" for r in reports])
+    if any(r.swapped_out for r in reports):
+        row(
+            "blocks to / from host memory",
+            [f"{r.swapped_out:,} / {r.swapped_in:,}" for r in reports],
+        )
     row("TTFT p50 / p90 / p99", [_times(r.ttft_s) for r in reports])
     row("latency p50 / p90 / p99", [_times(r.latency_s) for r in reports])
     section("places that sequences own")

@@ -21,13 +21,13 @@ from engine.sampling import InvalidRequest, SamplingParams
 from engine.simulate.cost import CostModel
 from engine.simulate.samples import Sample, take_sample
 from engine.simulate.stream import LAST_TURN, Stream
-from engine.types import PlanRow, Request, StepTokens
+from engine.types import PlanRow, Request, StepPlan, StepTokens
 
 ALLOCATORS: tuple[Allocator, ...] = get_args(Allocator)
 SAMPLE_STEPS = 16
 """Steps from one sample to the next; reading one costs a tenth of a step."""
 
-_STOP = 1  # the token that ends every request; conversations have tokens from 2 on
+_STOP = 1  # the token that ends every request; conversations and system prompts have others
 _STOP_IDS = frozenset({_STOP})
 _GREEDY = SamplingParams(temperature=0.0)
 
@@ -45,6 +45,7 @@ class Outcome:
       samples: the pool, every few steps.
       end_s: when the last step ended.
       num_steps, num_computed: steps, and positions computed in them.
+      num_swapped_out, num_swapped_in: blocks, between pool and host tier.
       num_preemptions: requests that lost their blocks, each time counted.
     """
 
@@ -59,6 +60,8 @@ class Outcome:
     num_steps: int
     num_computed: int
     num_preemptions: int
+    num_swapped_out: int
+    num_swapped_in: int
 
 
 def run(
@@ -70,24 +73,28 @@ def run(
     max_tokens: int | None = None,
     sample_steps: int = SAMPLE_STEPS,
     progress: Callable[[int], None] = lambda num_ended: None,
+    on_plan: Callable[[StepPlan], None] = lambda plan: None,
 ) -> Outcome:
     """Serve a stream to its end.
 
     Args:
-      limits: of the scheduler; `contiguous` reuses no prefix, whatever they say.
+      limits: of the scheduler; `contiguous` reuses no prefix and has no host tier, whatever
+        they say.
       max_tokens: what every client gives; None: as long as the model's context lasts.
       sample_steps: steps from one sample to the next.
       progress: told now and then how many requests have ended.
+      on_plan: told of every step.
     """
     limits = dataclasses.replace(
         limits,
         allocator=allocator,
         prefix_reuse=limits.prefix_reuse and allocator == "paged",
+        host_blocks=limits.host_blocks if allocator == "paged" else 0,
         # As long as a step can admit; the stream is first come, first served, so what waits in
         # the queue needs no memory here.
         max_waiting=limits.max_num_seqs,
     )
-    return _Run(stream, limits, cost, max_tokens).run(sample_steps, progress)
+    return _Run(stream, limits, cost, max_tokens, on_plan).run(sample_steps, progress)
 
 
 class _Run:
@@ -99,11 +106,13 @@ class _Run:
         limits: Limits,
         cost: CostModel,
         max_tokens: int | None,
+        on_plan: Callable[[StepPlan], None],
     ):
         self.stream = stream
         self.limits = limits
         self.cost = cost
         self.max_tokens = max_tokens
+        self.on_plan = on_plan
         self.state = SchedulerState.initial(limits)
         self.arrivals = _Arrivals(stream)
         self.clock_s = 0.0
@@ -115,6 +124,7 @@ class _Run:
         self.num_cached = np.zeros(count, np.int64)
         self.samples: list[Sample] = []
         self.num_ended = self.num_steps = self.num_computed = self.num_preemptions = 0
+        self.num_swapped_out = self.num_swapped_in = 0
 
     def run(self, sample_steps: int, progress: Callable[[int], None]) -> Outcome:
         while True:
@@ -140,6 +150,8 @@ class _Run:
             self.num_steps,
             self.num_computed,
             self.num_preemptions,
+            self.num_swapped_out,
+            self.num_swapped_in,
         )
 
     def _admit(self) -> None:
@@ -153,7 +165,8 @@ class _Run:
                 self.num_ended += 1 + arrivals.num_turns_after(index)
 
     def _request(self, index: int) -> Request:
-        """A request whose tokens name its conversation, so that what turns share matches.
+        """A request whose tokens name its system prompt and then its conversation, so that what
+        turns share matches, and nothing else does.
 
         Its seed, which names a draw, is the position of its last token.
 
@@ -165,10 +178,14 @@ class _Run:
         if room < 1:
             raise InvalidRequest("prompt", f"has {prompt} tokens")
         longest = room if self.max_tokens is None else min(room, self.max_tokens)
-        token = int(self.stream.conversation[index]) + 2
+        system = self.stream.system
+        token = 2 * int(self.stream.conversation[index]) + 2
+        prompt_ids = (token,) * prompt
+        if system is not None and (shared := int(system.tokens[index])):
+            prompt_ids = (2 * int(system.number[index]) + 3,) * shared + prompt_ids[shared:]
         return Request(
             str(index),
-            (token,) * prompt,
+            prompt_ids,
             _GREEDY,
             longest,
             seed=min(int(self.stream.output_tokens[index]), longest) - 1,
@@ -178,42 +195,48 @@ class _Run:
     def _step(self, sample_steps: int) -> None:
         self.state, plan = scheduler.schedule(self.state, self.limits)
         self.num_preemptions += len(plan.preempted)
+        self.on_plan(plan)
         rows = plan.rows
         if not rows:
             assert plan.preempted, "requests wait, and nothing can run"
             return
         if self.num_steps % sample_steps == 0:
             num_waiting = self.state.num_waiting + self.arrivals.num_due(self.clock_s)
-            core = self.state._peek()
+            core = self.state.core
             self.samples.append(take_sample(core, self.clock_s, num_waiting))
         self.num_steps += 1
-        self._tick(rows)
+        self._tick(plan)
         # Here and in `_tick`, all the Python a token costs beside the scheduler's: 0.2 µs to its 2.
         positions = [row.output_position for row in rows]
         tokens = [
-            _STOP if position == row.request.seed else row.request.prompt_ids[0]
+            _STOP if position == row.request.seed else row.request.prompt_ids[-1]
             for position, row in zip(positions, rows, strict=True)
         ]
         self._note(rows, positions, tokens)
         committed = scheduler.commit(self.state, plan, StepTokens(tuple(tokens)), self.limits)
         self.state = committed.state
 
-    def _tick(self, rows: tuple[PlanRow, ...]) -> None:
+    def _tick(self, plan: StepPlan) -> None:
         """Let the time of a step pass."""
-        starts = [row.start for row in rows]
-        counts = [row.num_tokens for row in rows]
+        starts = [row.start for row in plan.rows]
+        counts = [row.num_tokens for row in plan.rows]
+        swapped = len(plan.swap_outs) + len(plan.swap_ins)
         num_tokens = sum(counts)
         # n positions from s on see s + 1, s + 2, … s + n positions.
         pairs = int(math.sumprod(starts, counts))
         pairs += (int(math.sumprod(counts, counts)) + num_tokens) // 2
-        self.clock_s += self.cost.step_s(num_tokens, pairs, sum(starts) + num_tokens)
+        context = sum(starts) + num_tokens
+        swapped_tokens = swapped * self.limits.block_size
+        self.clock_s += self.cost.step_s(num_tokens, pairs, context, swapped_tokens)
         self.num_computed += num_tokens
+        self.num_swapped_out += len(plan.swap_outs)
+        self.num_swapped_in += len(plan.swap_ins)
 
     def _note(self, rows: tuple[PlanRow, ...], positions: list[int], tokens: list[int]) -> None:
         """Write down which requests have their first and their last token after this step."""
         for row in (rows[index] for index in _indices(positions, 0)):
             if row.samples:
-                seq = self.state._peek().sequences[row.request.request_id]
+                seq = self.state.core.sequences[row.request.request_id]
                 self.first_token_s[int(row.request.request_id)] = self.clock_s
                 self.num_cached[int(row.request.request_id)] = seq.num_cached_tokens
         for row in (rows[index] for index in _indices(tokens, _STOP)):

@@ -12,7 +12,10 @@ from typing import NamedTuple
 import numpy as np
 
 LAST_TURN = -1
+NO_SYSTEM = -1
 MAX_REQUESTS = 10_000_000
+MAX_SYSTEM_PROMPTS = 100_000
+MAX_SYSTEM_TOKENS = 1_000_000
 
 
 class Lengths(NamedTuple):
@@ -65,6 +68,18 @@ TURNS = 3.4
 """Turns of such a conversation on average; their number is close to geometric."""
 
 
+class SystemPrompts(NamedTuple):
+    """What conversations begin with that is not their own.
+
+    Attributes:
+      number: int64[N]: which of them, from 0, or NO_SYSTEM.
+      tokens: int64[N], 0 where there is none; less than the prompt, which counts them in.
+    """
+
+    number: np.ndarray
+    tokens: np.ndarray
+
+
 @dataclasses.dataclass(frozen=True, slots=True, eq=False)
 class Stream:
     """N requests. A conversation is a chain of them, whose later turns repeat the earlier ones.
@@ -77,6 +92,7 @@ class Stream:
       conversation: int64[N]: its number, from 0.
       next_turn: int64[N]: the request that follows in the conversation, or LAST_TURN.
       think_s: float64[N], seconds from the previous answer to a later turn.
+      system: prompts that conversations have in common; None if there are none.
     """
 
     arrival_s: np.ndarray
@@ -85,6 +101,7 @@ class Stream:
     conversation: np.ndarray
     next_turn: np.ndarray
     think_s: np.ndarray
+    system: SystemPrompts | None = None
 
     def __len__(self) -> int:
         return len(self.arrival_s)
@@ -102,6 +119,11 @@ class Stream:
         """Whether any has a second turn."""
         return bool((self.next_turn != LAST_TURN).any())
 
+    @property
+    def has_shared_prefixes(self) -> bool:
+        """Whether any request begins with what another one had."""
+        return self.has_conversations or self.system is not None
+
 
 def sharegpt_like(
     num_requests: int,
@@ -109,6 +131,9 @@ def sharegpt_like(
     rate: float | None = None,
     turns: float = 1.0,
     think_s: float = 10.0,
+    system_share: float = 0.0,
+    system_tokens: int = 512,
+    num_system_prompts: int = 8,
     seed: int = 0,
 ) -> Stream:
     """Draw a stream with the lengths of ShareGPT.
@@ -118,6 +143,9 @@ def sharegpt_like(
       rate: requests a second; conversations begin as a Poisson process. None: all at once.
       turns: of a conversation on average (geometric); ShareGPT has `TURNS`.
       think_s: mean seconds (exponential) from an answer to the next turn: a guess.
+      system_share: of the conversations that begin with a system prompt.
+      system_tokens: of each system prompt.
+      num_system_prompts: how many there are; the nth is drawn 1/n as often as the first.
       seed: equal ones give equal streams.
 
     Raises:
@@ -131,6 +159,16 @@ def sharegpt_like(
         raise ValueError(f"turns is {turns}; a conversation has at least 1 on average")
     if not (math.isfinite(think_s) and think_s >= 0):
         raise ValueError(f"think_s is {think_s}; it must be at least 0 seconds")
+    if not 0 <= system_share <= 1:
+        raise ValueError(f"system_share is {system_share}; it must be from 0 to 1")
+    if not 1 <= system_tokens <= MAX_SYSTEM_TOKENS:
+        raise ValueError(
+            f"system_tokens is {system_tokens}; it must be from 1 to {MAX_SYSTEM_TOKENS}"
+        )
+    if not 1 <= num_system_prompts <= MAX_SYSTEM_PROMPTS:
+        raise ValueError(
+            f"system_prompts is {num_system_prompts}; it must be from 1 to {MAX_SYSTEM_PROMPTS}"
+        )
     if not 0 <= seed < 2**32:
         raise ValueError(f"seed is {seed}; it must be from 0 to {2**32 - 1}")
     random = np.random.Generator(np.random.PCG64(seed))
@@ -146,8 +184,15 @@ def sharegpt_like(
     next_turn = np.full(num_requests, LAST_TURN)
     next_turn[:-1][is_later[1:]] = np.flatnonzero(is_later)
     think = np.where(is_later, random.exponential(think_s, num_requests), 0.0)
-    history = _sum_of_earlier_turns(prompts + outputs, is_later)
-    return Stream(starts[conversation], prompts + history, outputs, conversation, next_turn, think)
+    prompts += _sum_of_earlier_turns(prompts + outputs, is_later)
+    system = None
+    if system_share:
+        number = _draw_system_prompts(random, len(starts), system_share, num_system_prompts)
+        number = number[conversation]
+        system = SystemPrompts(number, np.where(number == NO_SYSTEM, 0, system_tokens))
+        prompts += system.tokens
+    arrival = starts[conversation]
+    return Stream(arrival, prompts, outputs, conversation, next_turn, think, system)
 
 
 def _number_turns(
@@ -158,6 +203,15 @@ def _number_turns(
     begins[0] = True
     conversation = np.cumsum(begins) - 1
     return conversation, np.arange(num_requests) - np.flatnonzero(begins)[conversation]
+
+
+def _draw_system_prompts(
+    random: np.random.Generator, count: int, share: float, num_prompts: int
+) -> np.ndarray:
+    """int64[count]: which system prompt each conversation has, or NO_SYSTEM."""
+    weights = 1 / np.arange(1, num_prompts + 1)
+    number = random.choice(num_prompts, count, p=weights / weights.sum())
+    return np.where(random.random(count) < share, number, NO_SYSTEM)
 
 
 def _sum_of_earlier_turns(tokens: np.ndarray, is_later: np.ndarray) -> np.ndarray:

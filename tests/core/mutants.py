@@ -74,7 +74,7 @@ def sharing_does_not_count(patch: Patch) -> None:
 
 @mutant
 def sharing_leaves_the_block_evictable(patch: Patch) -> None:
-    rewrite(patch, BlockPool, "share", "del self._cached[block]", "pass")
+    rewrite(patch, BlockPool, "share", "self._cached.remove(block)", "pass")
 
 
 @mutant
@@ -106,6 +106,11 @@ def names_outlive_their_contents(patch: Patch) -> None:
 @mutant
 def a_copy_shares_the_free_list(patch: Patch) -> None:
     rewrite(patch, BlockPool, "copy", "self._free.copy()", "self._free")
+
+
+@mutant
+def a_copy_shares_the_order_of_eviction(patch: Patch) -> None:
+    rewrite(patch, BlockPool, "copy", "self._cached.copy()", "self._cached")
 
 
 # Keys.

@@ -115,6 +115,32 @@ def test_shared_blocks_are_expected_once() -> None:
     assert len(driver.step().rows) == 3
 
 
+@pytest.mark.parametrize("steps_before", [0, 1])
+def test_forks_are_expected_to_grow_before_and_after_they_part(steps_before: int) -> None:
+    """Three samples come to 24 tokens each and share the first block: 16 and more. A request
+    beside them waits, while beside a single sample it would start."""
+    forks = (Fork("f", 1), Fork("g", 2))
+    alone, driver = learned(max_step_tokens=8), learned(max_step_tokens=8)
+    alone.admit(make_request("a", 4, max_tokens=20))
+    driver.admit(make_request("a", 4, max_tokens=20, forks=forks))
+    for each in (alone, driver):
+        for _ in range(steps_before):
+            each.step()
+        each.admit(make_request("b", 4, max_tokens=20))
+    assert "b" in [row.request.request_id for row in alone.step().rows]
+    assert "b" not in [row.request.request_id for row in driver.step().rows]
+    assert driver.state.holding == "forecast"
+
+
+def test_the_prompt_of_forks_is_expected_once() -> None:
+    """Three samples of 32 tokens would take 24 blocks, did they not share the first three."""
+    driver = learned(num_blocks=22)
+    forks = (Fork("f", 1), Fork("g", 2))
+    driver.admit(make_request("a", 12, max_tokens=20, forks=forks))
+    driver.admit(make_request("b", 1, max_tokens=1))
+    assert "b" in [row.request.request_id for row in driver.step().rows]
+
+
 @pytest.mark.parametrize(
     ("changes", "requests", "reason"),
     [

@@ -59,6 +59,27 @@ def test_the_pool_may_be_given_in_bytes_or_left_to_the_device() -> None:
     assert document["num_blocks"] == 6074  # 0.9 x 32 GB less 16.06 GB
 
 
+def test_system_prompts_are_hits_across_conversations_and_can_be_left_alone() -> None:
+    options: dict[str, Any] = {"allocator": ["paged"], "json": True, "rate": 5.0}
+    options |= {"system_share": 1.0, "system_prompts": 1, "system_tokens": 160}
+    (report,) = json.loads(_output(**options))["allocators"]
+    # All but the first find its ten blocks, or those that were admitted with it do not.
+    assert 30 * 160 <= report["cached_tokens"] <= 39 * 160
+    assert 0 < report["hit_rate"] < 1
+    (report,) = json.loads(_output(**options, prefix_reuse=False))["allocators"]
+    assert report["cached_tokens"] == report["hit_rate"] == 0
+
+
+def test_hits_survive_in_host_memory_and_take_time_to_come_back() -> None:
+    options: dict[str, Any] = {"allocator": ["paged"], "turns": 8.0, "num_blocks": 160}
+    (bare,) = json.loads(_output(**options, json=True))["allocators"]
+    (tiered,) = json.loads(_output(**options, json=True, host_memory="8GiB"))["allocators"]
+    assert tiered["cached_tokens"] > 2 * bare["cached_tokens"]
+    assert tiered["swapped_in"] > 0 == bare["swapped_in"]
+    assert "blocks to / from host memory" in _output(**options, host_memory="8GiB")
+    assert "host memory" not in _output(**options)
+
+
 def test_a_trace_takes_the_place_of_the_drawn_stream(tmp_path: Path) -> None:
     trace = tmp_path / "trace.jsonl"
     trace.write_text('{"arrival": 0, "prompt_tokens": 10, "output_tokens": 5}\n' * 3)
@@ -80,6 +101,8 @@ def test_a_trace_takes_the_place_of_the_drawn_stream(tmp_path: Path) -> None:
         ({"max_tokens": 0}, "max_tokens is 0"),
         ({"max_num_seqs": 4096}, "max_step_tokens"),
         ({"requests": 0}, "requests is 0"),
+        ({"host_memory": "much"}, "is not a size"),
+        ({"system_share": -1.0}, "system_share is -1"),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:

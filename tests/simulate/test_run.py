@@ -283,3 +283,9 @@ def test_the_time_of_a_chunk_counts_each_pair_of_positions() -> None:
     pairs = [sum(range(1, 9)), 9 + 10 + 1 + 2 + 3, 11]
     assert outcome.first_token_s.tolist() == [sum(pairs[:2])] * 2
     assert outcome.end_s == sum(pairs)
+
+
+def test_blocks_that_move_to_host_memory_and_back_take_their_time() -> None:
+    cost = DEVICES["v6e"]
+    moved = cost.step_s(1, 1, 1, num_swapped=160) - cost.step_s(1, 1, 1)
+    assert moved == pytest.approx(160 * 131_072 / 32e9)  # 128 KiB a token, 32 GB a second

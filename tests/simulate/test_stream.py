@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -13,6 +14,7 @@ from engine.simulate.stream import (
     LAST_TURN,
     LATER_ANSWERS,
     LATER_PROMPTS,
+    NO_SYSTEM,
     Lengths,
     sharegpt_like,
 )
@@ -73,6 +75,25 @@ def test_turns_repeat_what_was_said_and_keep_the_rate_of_requests() -> None:
     assert set(stream.first_turns) == set(range(len(stream))) - set(following)
 
 
+def test_some_conversations_begin_with_a_system_prompt_and_are_else_the_same() -> None:
+    options: dict[str, Any] = {"rate": 10.0, "turns": 3.4, "seed": 6}
+    plain = sharegpt_like(20_000, **options)
+    stream = sharegpt_like(
+        20_000, **options, system_share=0.4, system_tokens=300, num_system_prompts=3
+    )
+    assert plain.system is None
+    assert stream.system is not None
+    number, tokens = stream.system
+    assert (tokens == np.where(number == NO_SYSTEM, 0, 300)).all()
+    assert (stream.prompt_tokens == plain.prompt_tokens + tokens).all()
+    assert (stream.output_tokens == plain.output_tokens).all()
+    by_conversation = number[np.flatnonzero(np.diff(stream.conversation, prepend=-1))]
+    assert (by_conversation[stream.conversation] == number).all()  # each keeps its own
+    assert np.mean(by_conversation != NO_SYSTEM) == pytest.approx(0.4, abs=0.02)
+    counts = np.bincount(by_conversation[by_conversation != NO_SYSTEM])
+    np.testing.assert_allclose(counts / counts[0], (1, 1 / 2, 1 / 3), rtol=0.1)
+
+
 def test_a_seed_names_a_stream() -> None:
     one, same, other = (sharegpt_like(100, rate=1.0, turns=2, seed=seed) for seed in (5, 5, 6))
     for name in ("arrival_s", "prompt_tokens", "output_tokens", "next_turn", "think_s"):
@@ -88,6 +109,10 @@ def test_a_seed_names_a_stream() -> None:
         ({"rate": float("nan")}, "rate is nan"),
         ({"turns": 0.5}, "turns is 0.5"),
         ({"think_s": -1.0}, "think_s is -1"),
+        ({"system_share": 1.5}, "system_share is 1.5"),
+        ({"system_share": float("nan")}, "system_share is nan"),
+        ({"system_tokens": 0}, "system_tokens is 0"),
+        ({"num_system_prompts": 0}, "system_prompts is 0"),
         ({"seed": -1}, "seed is -1"),
     ],
 )
