@@ -150,7 +150,7 @@ class BlockPool:
 
     def copy(self) -> BlockPool:
         """An independent pool in the same state. O(pool)."""
-        other = BlockPool(0)
+        other = type(self)(0)
         other.num_blocks = self.num_blocks
         other._ref_counts = self._ref_counts.copy()
         other._free = self._free.copy()

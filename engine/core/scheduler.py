@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from engine.core import planning
+from engine.core import merging, planning
 from engine.core.block_pool import PoolCounts
 from engine.core.core import Core, Holding
 from engine.core.limits import MAX_INT32, Limits
@@ -220,6 +220,8 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
         seq = sequences.get(row.request.request_id)
         if seq is None or plan.step < seq.first_step:
             continue
+        if limits.merge_blocks:
+            merging.merge_full_blocks(core, limits, seq, row.start + row.num_tokens)
         if index in tokens.prompt_logprobs and seq.needs_whole_prompt:
             seq.add_prompt_logprobs(row.start, tokens.prompt_logprobs[index])
         if not row.samples:

@@ -51,6 +51,7 @@ EVENTS = (
     "finished: stop",
     "hits",
     "inherited",
+    "merged",
     "operation: copy",
     "parted",
     "preempted",
