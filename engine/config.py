@@ -17,6 +17,8 @@ DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 CACHE_DTYPE_BYTES = {**DTYPE_BYTES, "float8_e4m3fn": 1, "int8": 1}
 Dtype = Literal["float32", "bfloat16"]
 CacheDtype = Literal["float32", "bfloat16", "float8_e4m3fn", "int8"]
+Isolation = Literal["domain", "none"]
+Observability = Literal["open", "constant"]
 Backend = Literal["auto", "tpu", "gpu", "xla", "reference"]
 
 
@@ -126,6 +128,11 @@ class CacheConfig:
         it, float8_e4m3fn holds values as they are. A relative path starts at the config
         file's folder.
       prefix_reuse: whether finished blocks are kept for requests with the same prefix.
+      isolation: who may share blocks: `domain`, those of one tenant and cache salt, or `none`, all
+        who reach the server. That is a leak, for `octavo leakcheck` to find; loopback only.
+      observability: `open`, a prompt that is found in the cache starts sooner, and the reply says
+        so; or `constant`, every prompt is computed as if it were the first, and blocks of equal
+        contents are merged afterwards, while their requests run (docs/isolation.md).
       host_memory: bytes of the host's memory for blocks that had to leave the pool: they come
         back by a transfer where they would be computed again. 0: none.
     """
@@ -136,6 +143,8 @@ class CacheConfig:
     dtype: CacheDtype | None = None
     scales: str = ""
     prefix_reuse: bool = True
+    isolation: Isolation = "domain"
+    observability: Observability = "open"
     host_memory: int = 0
 
 
@@ -190,12 +199,15 @@ class ServerConfig:
       host, port: where it listens; port 0 takes a free one.
       max_message: bytes of the largest message that is taken.
       max_concurrent: calls in progress at once; one more is refused.
+      public_stats: whether all who reach the server may read GetStats, whose figures are of all
+        requests together and so tell of other callers. Off, a caller has GetUsage, for its own.
     """
 
     host: str = "127.0.0.1"
     port: int = 50051
     max_message: int = 4 * 2**20
     max_concurrent: int = 1024
+    public_stats: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -273,6 +285,16 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "cache.host_memory keeps blocks by what they hold, which takes cache.prefix_reuse; "
             "turn that on or leave the memory out"
+        )
+    if cache.observability == "constant" and not cache.prefix_reuse:
+        raise ConfigError(
+            "cache.observability is constant, which shares blocks in its own way, but "
+            "cache.prefix_reuse is off; leave one of the two out"
+        )
+    if cache.observability == "constant" and cache.host_memory:
+        raise ConfigError(
+            "cache.observability is constant, so no prompt is looked up and nothing would come "
+            "back from cache.host_memory; leave one of the two out"
         )
     positive: Sequence[tuple[str, int | None]] = (
         ("cache.num_blocks", cache.num_blocks),
