@@ -93,7 +93,7 @@ def test_where_hits_must_not_show_blocks_are_merged_instead_of_looked_up() -> No
 @pytest.mark.parametrize("also", [{"cache.prefix_reuse": False}, {"cache.host_memory": "1MiB"}])
 def test_what_constant_observability_would_leave_without_effect_is_refused(also: Any) -> None:
     with pytest.raises(ConfigError, match="leave one of the two out"):
-        limits_of(**{"cache.observability": "constant", **also})
+        limits_of(**also | {"cache.observability": "constant"})
 
 
 def test_block_keys_tell_weights_dtypes_and_scales_apart() -> None:

@@ -48,7 +48,10 @@ class _Servicer:
     async def GetStats(self, request: Any, context: Any) -> Any:
         if not self._simulation.shows_all:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "for operators")
-        return pb.GetStatsResponse(**self._simulation.totals())
+        response = pb.GetStatsResponse()
+        for name, count in self._simulation.totals().items():
+            setattr(response, name, count)
+        return response
 
 
 def _key(context: Any) -> str:

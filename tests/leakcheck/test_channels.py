@@ -192,7 +192,7 @@ async def test_one_failed_request_of_a_burst_ends_the_others() -> None:
         grpc_server(simulation) as address,
         Failing(resolve(address), 20.0, simulation.now) as target,
     ):
-        options = Options(address=address, channel=[Channel.QUEUE_ORDER], prompt_tokens=32)
+        options = Options(address=address, channel=["queue_order"], prompt_tokens=32)
         with pytest.raises(RuntimeError, match="broken"):
             await check_target(options, target, VICTIM, ATTACKER, "", (), lambda *_: None)
         others = asyncio.all_tasks() - {asyncio.current_task()}

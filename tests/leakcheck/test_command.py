@@ -43,7 +43,7 @@ def _quick(address: str) -> Options:
     """One channel, as few trials as tell anything."""
     return Options(
         address=address,
-        channel=[Channel.CACHED_TOKENS],
+        channel=["cached_tokens"],
         trials=16,
         prompt_tokens=32,
         alpha=0.05,
