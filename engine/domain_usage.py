@@ -6,11 +6,9 @@ the engine does for all of them together is the operator's to see (`frontend.Eng
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import threading
 from collections import OrderedDict
-from collections.abc import Iterator
 
 from engine.streams import Delta, Usage
 from engine.types import Domain, FinishReason
@@ -56,9 +54,8 @@ class UsageByDomain:
                 return DomainUsage()
             return dataclasses.replace(found, finished=found.finished.copy())
 
-    @contextlib.contextmanager
-    def request(self, domain: Domain) -> Iterator[Meter]:
-        """Count a request while it is in progress, and what its meter is told of it."""
+    def start(self, domain: Domain) -> Meter:
+        """Count a request as in progress until its meter is closed."""
         with self._lock:
             domains = self._tenants.setdefault(domain.tenant, OrderedDict())
             usage = domains.setdefault(domain.salt, DomainUsage())
@@ -66,11 +63,7 @@ class UsageByDomain:
             if len(domains) > self._max_domains:
                 domains.popitem(last=False)
             usage.in_progress += 1
-        meter = Meter(usage, self._lock)
-        try:
-            yield meter
-        finally:
-            meter.close()
+        return Meter(usage, self._lock)
 
 
 class Meter:

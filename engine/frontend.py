@@ -8,7 +8,6 @@ nothing. ``LLM`` and the gRPC service are both built on this.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import dataclasses
 import functools
 import itertools
@@ -170,7 +169,7 @@ class Engine:
             if request_id in self._streams:
                 raise InvalidRequest("request_id", f"{request_id!r} is already running")
             self._streams[request_id] = stream
-        meters = contextlib.ExitStack()
+        meter = self._usage.start(asker)
         try:
             resolve = functools.partial(
                 self._resolver.resolve,
@@ -185,7 +184,6 @@ class Engine:
             request = resolve() if quick else await self._on_thread(resolve)
             stream.start(request, self.tokenizer)
             self._submit(stream, request)
-            meter = meters.enter_context(self._usage.request(asker))
             while stream.live:
                 await stream.arrived.wait()
                 for delta in stream.take():
@@ -195,7 +193,7 @@ class Engine:
                         self._loop.abort(stream.key_of(delta.index), FinishReason.STOP)
                     yield delta
         finally:
-            meters.close()
+            meter.close()
             with self._lock:
                 if self._streams.get(request_id) is stream:
                     del self._streams[request_id]

@@ -155,12 +155,12 @@ def _end(tokens: int) -> Delta:
 
 def test_a_client_that_invents_salts_costs_no_more_than_the_limit() -> None:
     usage = UsageByDomain(max_domains=3)
-    with usage.request(Domain("victim", "old")) as meter:
+    with contextlib.closing(usage.start(Domain("victim", "old"))) as meter:
         meter.add(_end(2))
     for number in range(10):
-        with usage.request(Domain("default", str(number))) as meter:
+        with contextlib.closing(usage.start(Domain("default", str(number)))) as meter:
             meter.add(_end(number))
-        with usage.request(Domain("default", "busy")) as meter:
+        with contextlib.closing(usage.start(Domain("default", "busy"))) as meter:
             meter.add(_end(1))
     kept = [usage.of(Domain("default", str(number))).finished for number in range(10)]
     assert kept == [{}] * 8 + [{"stop": 1}] * 2

@@ -265,8 +265,11 @@ def run_figures(
         itl_seconds=Distribution.of([t for r in good for t in inter_token_latencies(r.arrived)]),
         e2e_seconds=Distribution.of([r.end - r.arrival for r in good]),
         prefix_cache_hit_share=cached_tokens / prompt_tokens if prompt_tokens else None,
-        internal_fragmentation=engine.block_size
-        and internal_fragmentation(lengths, engine.block_size),
+        internal_fragmentation=(
+            None
+            if engine.block_size is None
+            else internal_fragmentation(lengths, engine.block_size)
+        ),
         engine=engine,
         machine=machine,
     )

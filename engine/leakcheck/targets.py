@@ -27,6 +27,7 @@ type Clock = Callable[[], float]
 type Prompt = str | tuple[int, ...]
 
 MAX_MESSAGE = 4 * 2**20  # bytes that a server may send at once, or in an answer
+MAX_KEYS = 100  # of a map that are looked at
 MAX_QUOTED = 300  # characters of a server's own words in a message
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _IDLE_POLLS = 200
@@ -111,7 +112,8 @@ def numbers_in(message: Message) -> dict[str, float]:
     for field in message.DESCRIPTOR.fields:
         value: Any = getattr(message, field.name)
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
-            numbers |= {f"{field.name}[{quoted(key)}]": float(value[key]) for key in value}
+            keys = sorted(value)[:MAX_KEYS]
+            numbers |= {f"{field.name}[{quoted(key)}]": float(value[key]) for key in keys}
         elif isinstance(value, int | float) and field.name not in _CLOCKS:
             numbers[field.name] = float(value)
     return numbers
