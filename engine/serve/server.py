@@ -87,7 +87,8 @@ class Server:
             raise AddressUnavailable(f"can't listen on {address}: {error}") from None
         await self._server.start()
         if not _is_loopback(config.host):
-            log.warning("%s has no authentication: whoever reaches it may use it", address)
+            also = ", and watch what others do (server.public_stats)" if config.public_stats else ""
+            log.warning("%s has no authentication: whoever reaches it may use it%s", address, also)
 
     async def set_engine(self, engine: Engine) -> None:
         """Begin to serve: health is SERVING from here on."""
