@@ -183,7 +183,7 @@ async def _measure(
     seed: int,
 ) -> Point:
     before = engine.stats()
-    driven, found, meter = await target.run(items, Load(request_rate=rate, seed=seed))
+    driven, _, meter = await target.run(items, Load(request_rate=rate, seed=seed))
     after = engine.stats()
     computed = after.computed_tokens - before.computed_tokens
     served = [request for request in driven.served if request.failure is None]
@@ -201,7 +201,7 @@ async def _measure(
         rate=rate,
         output_tokens_per_s=throughput,
         requests_per_s=len(served) / driven.wall,
-        preemptions=found.preemptions,
+        preemptions=after.preemptions - before.preemptions,
         recomputed_tokens=computed - needed,
         recompute_tax=(computed - needed) / computed,
         unfinished=len(items) - len(served),

@@ -30,7 +30,14 @@ app.command(
 )
 app.command(
     "engine.leakcheck.cli:leakcheck",
-    help="Attack a server of yours: can one tenant learn what another one has sent?",
+    help="""Attack a server of yours: can one tenant learn what another one has sent?
+
+It runs the published attacks on shared prompt caches, each beside a control in which victim and
+attacker are one tenant. A channel leaks if the attack tells prompts that were sent from prompts
+that were not: its p-value, corrected for the number of channels (Holm), is below alpha, and the
+confidence interval of its AUC leaves out 0.5. Silence counts only where the control is loud, with
+an AUC above 0.95. Exits with 1 if a channel leaks, with 2 if silence on one means nothing.
+""",
 )
 bench = cyclopts.App(name="bench", help="Measure an engine or a server.")
 app.command(bench)

@@ -194,8 +194,16 @@ class AsyncClient:
         """Which model is served, and its limits; the proto file documents the fields."""
         return await self._await(self._stub().GetModelInfo(pb.GetModelInfoRequest()))
 
+    async def usage(self, *, cache_salt: str | None = None) -> pb.GetUsageResponse:
+        """What one's own requests with this salt came to; see the proto file."""
+        request = pb.GetUsageRequest(**_given(cache_salt=cache_salt))
+        return await self._await(self._stub().GetUsage(request))
+
     async def stats(self) -> pb.GetStatsResponse:
-        """What the engine is doing, and counts since it started; see the proto file."""
+        """What the engine is doing, and counts since it started, for all callers together.
+
+        See the proto file. The server refuses it unless it has `server.public_stats`.
+        """
         return await self._await(self._stub().GetStats(pb.GetStatsRequest()))
 
     async def flush(self, cache_salt: str | None = None) -> int:

@@ -18,6 +18,8 @@ CACHE_DTYPE_BYTES = {**DTYPE_BYTES, "float8_e4m3fn": 1, "int8": 1}
 Dtype = Literal["float32", "bfloat16"]
 CacheDtype = Literal["float32", "bfloat16", "float8_e4m3fn", "int8"]
 MAX_TIME_TO_LIVE = 10 * 366 * 24 * 3600  # seconds
+Isolation = Literal["domain", "none"]
+Observability = Literal["open", "constant"]
 Backend = Literal["auto", "tpu", "gpu", "xla", "reference"]
 
 
@@ -133,6 +135,11 @@ class CacheConfig:
       public_prefixes: files with the beginnings of prompts that every domain may share: texts, or
         chats in .json. Their blocks are computed at the start and kept; nothing in them is
         secret. Relative paths start at the config file's folder.
+      isolation: who may share blocks: `domain`, those of one tenant and cache salt, or `none`, all
+        who reach the server. That is a leak, for `octavo leakcheck` to find; loopback only.
+      observability: `open`, a prompt that is found in the cache starts sooner, and the reply says
+        so; or `constant`, every prompt is computed as if it were the first, and blocks of equal
+        contents are merged afterwards, while their requests run (docs/isolation.md).
       host_memory: bytes of the host's memory for blocks that had to leave the pool: they come
         back by a transfer where they would be computed again. 0: none.
     """
@@ -146,6 +153,8 @@ class CacheConfig:
     time_to_live: int = 0
     tenant_time_to_live: dict[str, int] = dataclasses.field(default_factory=dict)
     public_prefixes: tuple[str, ...] = ()
+    isolation: Isolation = "domain"
+    observability: Observability = "open"
     host_memory: int = 0
 
     def milliseconds_to_live(self, tenant: str) -> int:
@@ -204,12 +213,15 @@ class ServerConfig:
       host, port: where it listens; port 0 takes a free one.
       max_message: bytes of the largest message that is taken.
       max_concurrent: calls in progress at once; one more is refused.
+      public_stats: whether all who reach the server may read GetStats, whose figures are of all
+        requests together and so tell of other callers. Off, a caller has GetUsage, for its own.
     """
 
     host: str = "127.0.0.1"
     port: int = 50051
     max_message: int = 4 * 2**20
     max_concurrent: int = 1024
+    public_stats: bool = False
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -295,6 +307,11 @@ def _check(config: Config) -> None:
     for key, seconds in times.items():
         if not 0 <= seconds <= MAX_TIME_TO_LIVE:
             raise ConfigError(f"{key} is {seconds}; it must be 0 to {MAX_TIME_TO_LIVE} seconds")
+    if cache.public_prefixes and cache.observability == "constant":
+        raise ConfigError(
+            "cache.observability is constant, so no prompt is looked up and nothing would find "
+            "cache.public_prefixes; leave one of the two out"
+        )
     if cache.public_prefixes and not cache.prefix_reuse:
         raise ConfigError(
             "cache.public_prefixes are blocks that requests reuse; turn cache.prefix_reuse on or "
@@ -304,6 +321,16 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "cache.host_memory keeps blocks by what they hold, which takes cache.prefix_reuse; "
             "turn that on or leave the memory out"
+        )
+    if cache.observability == "constant" and not cache.prefix_reuse:
+        raise ConfigError(
+            "cache.observability is constant, which shares blocks in its own way, but "
+            "cache.prefix_reuse is off; leave one of the two out"
+        )
+    if cache.observability == "constant" and cache.host_memory:
+        raise ConfigError(
+            "cache.observability is constant, so no prompt is looked up and nothing would come "
+            "back from cache.host_memory; leave one of the two out"
         )
     positive: Sequence[tuple[str, int | None]] = (
         ("cache.num_blocks", cache.num_blocks),

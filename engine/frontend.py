@@ -21,6 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from engine.config import Architecture, Config, ConfigError
+from engine.domain_usage import DomainUsage, UsageByDomain
 from engine.public_prefixes import PUBLIC_PREFIX, read_public_prefixes
 from engine.resolve import Prompt, Resolver, deadline_after, is_quick
 from engine.runtime.figures import StepRecord
@@ -50,7 +51,10 @@ class ModelInfo:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class EngineStats:
-    """Where an engine stands. Counts since the start unless they are of the present."""
+    """Where an engine stands. Counts since the start unless they are of the present.
+
+    For the operator: they are of all requests together, so whoever sees them sees others' hits.
+    """
 
     running: int
     waiting: int
@@ -103,6 +107,7 @@ class Engine:
         self._started = time.monotonic()
         self._text_threads = ThreadPoolExecutor(2, thread_name_prefix="octavo-text")
         self._num_long_texts = 0
+        self._usage = UsageByDomain()
         self._public: queue.SimpleQueue[StepOutput | Rejected] = queue.SimpleQueue()
         self._loop = EngineLoop(loaded.runner, loaded.limits, self._deliver, record, record_tokens)
         try:
@@ -173,7 +178,9 @@ class Engine:
         """
         received = time.monotonic()
         sampling = sampling or SamplingParams()
-        domain = domain or Domain()
+        asker = domain or Domain()
+        # Where isolation is off, all are one domain; see CacheConfig.isolation.
+        domain = asker if self.config.cache.isolation == "domain" else Domain()
         if not share_prefix:
             domain = dataclasses.replace(domain, salt=f"{domain.salt}/{secrets.token_hex(16)}")
         number = next(self._numbers)
@@ -184,6 +191,7 @@ class Engine:
             if request_id in self._streams:
                 raise InvalidRequest("request_id", f"{request_id!r} is already running")
             self._streams[request_id] = stream
+        meter = self._usage.start(asker)
         try:
             resolve = functools.partial(
                 self._resolver.resolve,
@@ -201,11 +209,13 @@ class Engine:
             while stream.live:
                 await stream.arrived.wait()
                 for delta in stream.take():
+                    meter.add(delta)
                     if isinstance(delta.stop_reason, str):
                         # A stop string ends it here first; the step loop learns it now.
                         self._loop.abort(stream.key_of(delta.index), FinishReason.STOP)
                     yield delta
         finally:
+            meter.close()
             with self._lock:
                 if self._streams.get(request_id) is stream:
                     del self._streams[request_id]
@@ -279,6 +289,10 @@ class Engine:
             failed_steps=totals.failed_steps,
             uptime_seconds=time.monotonic() - self._started,
         )
+
+    def usage(self, domain: Domain) -> DomainUsage:
+        """What the requests of one domain came to."""
+        return self._usage.of(domain)
 
     def watch_steps(self, on_step: Callable[[StepRecord], None] | None) -> None:
         """Have each step's figures passed to a function, on the step loop's thread."""

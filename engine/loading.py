@@ -227,6 +227,9 @@ def make_limits(
             f"the cache would have {num_blocks} blocks, but of this model at most {most_blocks} "
             "can be addressed; lower cache.memory or cache.num_blocks, or raise cache.block_size"
         )
+    merges = config.cache.observability == "constant"
+    # What a server without isolation leaves in a tier is not for one that has it.
+    isolation = () if config.cache.isolation == "domain" else ("isolation: none",)
     return Limits(
         num_blocks=num_blocks,
         block_size=config.cache.block_size,
@@ -234,7 +237,8 @@ def make_limits(
         max_step_tokens=config.scheduler.max_step_tokens,
         max_model_len=max_model_len,
         max_waiting=config.scheduler.max_waiting,
-        prefix_reuse=config.cache.prefix_reuse,
+        prefix_reuse=config.cache.prefix_reuse and not merges,
+        merge_blocks=merges,
         host_blocks=host_blocks(config, arch, backend),
         # Keys and values depend on how they are computed and held, not on the weights alone.
         fingerprint=":".join(
@@ -243,6 +247,7 @@ def make_limits(
                 config.model.dtype,
                 config.cache_dtype,
                 scales_fingerprint(scales),
+                *isolation,
             )
         ),
     )

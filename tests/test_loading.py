@@ -84,6 +84,18 @@ def test_limits_come_from_the_config_and_the_model() -> None:
     assert limits_of(backend="tpu", **on_host).host_blocks == 2**20 // (16 * 2 * 2 * 2 * 64 * 4)
 
 
+def test_where_hits_must_not_show_blocks_are_merged_instead_of_looked_up() -> None:
+    limits = limits_of(**{"cache.observability": "constant"})
+    assert (limits.prefix_reuse, limits.merge_blocks) == (False, True)
+    assert not limits_of().merge_blocks
+
+
+@pytest.mark.parametrize("also", [{"cache.prefix_reuse": False}, {"cache.host_memory": "1MiB"}])
+def test_what_constant_observability_would_leave_without_effect_is_refused(also: Any) -> None:
+    with pytest.raises(ConfigError, match="leave one of the two out"):
+        limits_of(**also | {"cache.observability": "constant"})
+
+
 def test_block_keys_tell_weights_dtypes_and_scales_apart() -> None:
     def first_key(fingerprint: str) -> bytes:
         return child_key(root_key(Domain(), fingerprint), range(16))

@@ -125,9 +125,9 @@ class EngineFigures:
     padding_waste: float | None
     kv_utilisation_mean: float | None
     kv_utilisation_peak: float | None
-    preemptions: int
-    compiles: int
-    block_size: int
+    preemptions: int | None
+    compiles: int | None
+    block_size: int | None
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -265,7 +265,11 @@ def run_figures(
         itl_seconds=Distribution.of([t for r in good for t in inter_token_latencies(r.arrived)]),
         e2e_seconds=Distribution.of([r.end - r.arrival for r in good]),
         prefix_cache_hit_share=cached_tokens / prompt_tokens if prompt_tokens else None,
-        internal_fragmentation=internal_fragmentation(lengths, engine.block_size),
+        internal_fragmentation=(
+            None
+            if engine.block_size is None
+            else internal_fragmentation(lengths, engine.block_size)
+        ),
         engine=engine,
         machine=machine,
     )

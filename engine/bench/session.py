@@ -139,7 +139,7 @@ async def _measure(setup: Setup, items: Sequence[Item], subject: Subject, target
     peaks = [target.peak_rss_bytes()]
     for number in range(0 if setup.warm_up else 1, setup.repeat + 1):
         driven, engine_figures, machine_figures = await target.run(items, setup.load)
-        compiles += engine_figures.compiles
+        compiles += engine_figures.compiles or 0
         peaks.append(machine_figures.peak_rss_bytes)
         failures += [
             Failure(run=number, request=index, message=request.failure)

@@ -8,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import secrets
 import statistics
+import sys
 from collections.abc import AsyncIterator, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -20,6 +21,7 @@ from engine.types import Domain
 if TYPE_CHECKING:
     from engine.client import AsyncClient
     from engine.frontend import Engine
+    from engine.rpc.octavo.v1.generation_pb2 import GetStatsResponse
     from engine.runtime.figures import StepRecord
 
 POLL_SECONDS = 0.25  # between looks at a server's cache
@@ -121,6 +123,7 @@ class Remote:
     def __init__(self, client: AsyncClient, server_pid: int | None = None):
         self._client = client
         self._server_pid = server_pid
+        self._was_refused = False
         self._meter = None if server_pid is None else machine.Meter(server_pid)
 
     async def run(self, items: Sequence[Item], load: Load) -> Measured:
@@ -137,9 +140,9 @@ class Remote:
                     delta.cached_tokens,
                 )
 
-        before = await client.stats()
+        before = await self._stats()
         owned: list[float] = []
-        poll = asyncio.create_task(self._poll(owned))
+        poll = asyncio.create_task(self._poll(owned) if before else asyncio.sleep(0))
         if self._meter:
             self._meter.start()
         try:
@@ -148,7 +151,9 @@ class Remote:
             poll.cancel()
             await asyncio.gather(poll, return_exceptions=True)
         machine_figures = self._meter.stop() if self._meter else MachineFigures(None, None, None)
-        after = await client.stats()
+        after = await self._stats()
+        if before is None or after is None:
+            return driven, EngineFigures(None, None, None, None, None, None, None), machine_figures
         figures = EngineFigures(
             steps=None,
             padding_waste=padding_waste(
@@ -166,6 +171,25 @@ class Remote:
     def peak_rss_bytes(self) -> int | None:
         """Most memory that the server has had, if its process was named."""
         return None if self._server_pid is None else machine.peak_rss_bytes(self._server_pid)
+
+    async def _stats(self) -> GetStatsResponse | None:
+        """The server's figures; None if they are not for us."""
+        from engine.client import ServiceError
+
+        try:
+            return await self._client.stats()
+        except ServiceError as error:
+            if error.code.name != "PERMISSION_DENIED":
+                raise
+        if not self._was_refused:
+            self._was_refused = True
+            print(
+                "the server shows its own figures to nobody, so the report has none: neither the "
+                "cache's use nor preemptions nor padding; start it with --set "
+                "server.public_stats=true to have them",
+                file=sys.stderr,
+            )
+        return None
 
     async def _poll(self, owned: list[float]) -> None:
         while True:

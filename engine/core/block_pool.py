@@ -148,10 +148,11 @@ class BlockPool:
         """Give an owned block the key of its contents, so that later requests can match it.
 
         If another block has the key already, that one stays the one that is matched and
-        this one remains unnamed.
+        this one remains unnamed, as does one that was flushed.
         """
         assert self._ref_counts[block] > 0, f"block {block} is named, but nobody owns it"
-        if key not in self._block_of and block not in self._key_of:
+        is_new = key not in self._block_of and block not in self._key_of
+        if is_new and not self.retention.is_doomed(block):
             self._block_of[key] = block
             self._key_of[block] = key
             self.retention.keep(block, tag)
@@ -189,7 +190,7 @@ class BlockPool:
 
     def copy(self) -> BlockPool:
         """An independent pool in the same state. O(pool)."""
-        other = BlockPool(0)
+        other = type(self)(0)
         other.num_blocks = self.num_blocks
         other._ref_counts = self._ref_counts.copy()
         other._free = self._free.copy()

@@ -14,6 +14,7 @@ from engine.core.contiguous import ContiguousPool
 from engine.core.forecast import OutputLengths
 from engine.core.host_tier import HostTier
 from engine.core.limits import Limits
+from engine.core.merging import MergingPool
 from engine.core.public import PublicPrefixes
 from engine.core.sequences import NO_SLOT, Sequence, WaitingQueue
 from engine.types import Request
@@ -61,8 +62,8 @@ class Core:
     )
 
     def __init__(self, limits: Limits):
-        is_paged = limits.allocator == "paged"
-        self.pool = (BlockPool if is_paged else ContiguousPool)(limits.num_blocks)
+        paged = MergingPool if limits.merge_blocks else BlockPool
+        self.pool = (paged if limits.allocator == "paged" else ContiguousPool)(limits.num_blocks)
         self.host = HostTier(limits.host_blocks)
         self.public = PublicPrefixes()
         self.block_size = limits.block_size

@@ -9,8 +9,13 @@ under SLA Guarantees", 2025; here with expectations instead of samples, so that 
 from __future__ import annotations
 
 from collections import deque
+from typing import TYPE_CHECKING
 
 import numpy as np
+
+if TYPE_CHECKING:
+    from engine.core.core import Core
+    from engine.core.sequences import Sequence
 
 MEMORY = 512  # outputs that are remembered
 LEAST = 16  # below so many, nothing is forecast
@@ -70,3 +75,19 @@ class OutputLengths:
         other = OutputLengths()
         other._latest = self._latest.copy()
         return other
+
+
+def fits_with_all(core: Core, seq: Sequence) -> bool:
+    """Whether the pool is expected to hold the running sequences to their ends, and this one."""
+    everyone = [*core.running, seq]
+    forks = [fork for one in everyone for fork in one.forks]
+    everyone += forks  # as long as their parents so far, and growing like them
+    lengths = np.array([(one.num_total, one.num_prompt, one.max_total) for one in everyone]).T
+    held, num_prompt, most = lengths
+    blocks = core.output_lengths.working_set(held - num_prompt, held, most, core.block_size)
+    if blocks is None:
+        return True
+    # Blocks that several own, or will, are counted for each of them: take that off again.
+    saved = sum(one.num_blocks for one in core.running) - core.pool.counts.owned
+    saved += sum(fork.num_prompt // core.block_size for fork in forks)
+    return blocks - saved <= core.pool.num_blocks

@@ -16,6 +16,8 @@ class Limits:
     `fingerprint` names the weights; it goes into every block key. `host_blocks` is the size of the
     host tier, 0 for none. `allocator` is "contiguous" for what paging is compared with.
 
+    `merge_blocks` takes the place of `prefix_reuse` where hits must not be observable (`merging`).
+
     After `max_preemptions`, a sequence starts with every block it can need, and is left alone.
 
     Raises:
@@ -29,6 +31,7 @@ class Limits:
     max_model_len: int
     max_waiting: int = 1024
     prefix_reuse: bool = True
+    merge_blocks: bool = False
     host_blocks: int = 0
     allocator: Allocator = "paged"
     max_preemptions: int = 4
@@ -40,9 +43,16 @@ class Limits:
             least = 0 if field.name == "host_blocks" else 1
             if type(value) is int and not least <= value <= MAX_INT32:
                 raise ValueError(f"{field.name} is {value}; it must be from {least} to {MAX_INT32}")
-        if self.allocator == "contiguous" and (self.prefix_reuse or self.host_blocks):
+        if self.allocator == "contiguous" and (
+            self.prefix_reuse or self.merge_blocks or self.host_blocks
+        ):
             raise ValueError(
                 "the contiguous allocator shares no blocks and keeps none; it takes "
+                "prefix_reuse=False, merge_blocks=False and host_blocks=0"
+            )
+        if self.merge_blocks and (self.prefix_reuse or self.host_blocks):
+            raise ValueError(
+                "merge_blocks looks no prompt up, neither in the pool nor in a tier; it takes "
                 "prefix_reuse=False and host_blocks=0"
             )
         if self.max_step_tokens < self.max_num_seqs:

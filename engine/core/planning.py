@@ -14,9 +14,8 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-import numpy as np
-
 from engine.core.core import Core, Holding
+from engine.core.forecast import fits_with_all
 from engine.core.limits import Limits
 from engine.core.sequences import NO_SLOT, Sequence
 from engine.types import BlockCopy, PlanRow, StepPlan, SwapIn, SwapOut
@@ -163,7 +162,7 @@ def _admit_waiting(
         growth = core.num_slots - unclaimed
         if core.running and not core.pool.has_room(needed, growth):
             return "blocks"
-        if core.running and not _fits_with_all(core, seq):
+        if core.running and not fits_with_all(core, seq):
             return "forecast"
         restored = core.start(seq, hits, len(slots))
         swap_ins += map(SwapIn, slots, restored)
@@ -173,22 +172,6 @@ def _admit_waiting(
         rows.append(_advance(seq, num_tokens, block_size))
         budget -= num_tokens
     return None
-
-
-def _fits_with_all(core: Core, seq: Sequence) -> bool:
-    """Whether the pool is expected to hold the running sequences to their ends, and this one."""
-    everyone = [*core.running, seq]
-    forks = [fork for one in everyone for fork in one.forks]
-    everyone += forks  # as long as their parents so far, and growing like them
-    lengths = np.array([(one.num_total, one.num_prompt, one.max_total) for one in everyone]).T
-    held, num_prompt, most = lengths
-    blocks = core.output_lengths.working_set(held - num_prompt, held, most, core.block_size)
-    if blocks is None:
-        return True
-    # Blocks that several own, or will, are counted for each of them: take that off again.
-    saved = sum(one.num_blocks for one in core.running) - core.pool.counts.owned
-    saved += sum(fork.num_prompt // core.block_size for fork in forks)
-    return blocks - saved <= core.pool.num_blocks
 
 
 def _part(core: Core, rows: list[PlanRow]) -> None:

@@ -70,6 +70,10 @@ class Retention:
         """It is still owned, and is to be erased when it goes free."""
         self._doomed.add(block)
 
+    def is_doomed(self, block: int) -> bool:
+        """Whether it is erased when it goes free."""
+        return block in self._doomed
+
     def of(self, domain: Domain | None) -> list[int]:
         """The blocks that a domain left or holds, or with None all but the public ones."""
         return [

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from engine.core import invariants, planning
+from engine.core import inspection, merging, planning
 from engine.core.block_pool import PoolCounts
 from engine.core.core import Core, Holding
 from engine.core.limits import MAX_INT32, Limits
@@ -105,20 +105,11 @@ class SchedulerState:
 
     def snapshot(self) -> dict[str, object]:
         """The state as plain data, without token ids: for crash reports and comparisons."""
-        core = self._peek()
-        return {
-            "step": core.step,
-            "in_flight": core.in_flight.copy(),
-            "pool": core.pool.counts._asdict(),
-            "host": len(core.host),
-            "holding": core.holding,
-            "running": [seq.describe() for seq in core.running],
-            "waiting": [seq.describe() for seq in core.waiting.in_order()],
-        }
+        return inspection.describe(self._peek())
 
     def check(self) -> None:
         """Assert every invariant of DESIGN.md that one state can show. For tests; O(pool)."""
-        invariants.check(self._peek())
+        inspection.check(self._peek())
 
     def _peek(self) -> Core:
         if self._core is None:
@@ -242,6 +233,8 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
         seq = sequences.get(row.request.request_id)
         if seq is None or plan.step < seq.first_step:
             continue
+        if limits.merge_blocks:
+            merging.merge_full_blocks(core, limits, seq, row.start + row.num_tokens)
         if index in tokens.prompt_logprobs and seq.needs_whole_prompt:
             seq.add_prompt_logprobs(row.start, tokens.prompt_logprobs[index])
         if not row.samples:

@@ -204,21 +204,6 @@ class Sequence:
         """The physical blocks it holds, in order of position."""
         return self.block_ids[: self.num_blocks].tolist()
 
-    def describe(self) -> dict[str, object]:
-        """Plain data without token ids, for snapshots."""
-        return {
-            "request_id": self.request.request_id,
-            "rank": list(self.rank),
-            "slot": self.slot,
-            "num_prompt": self.num_prompt,
-            "num_known": len(self.token_ids),
-            "num_total": self.num_total,
-            "num_computed": self.num_computed,
-            "num_preemptions": self.num_preemptions,
-            "forks": [fork.request.request_id for fork in self.forks],
-            "blocks": self.owned_blocks(),
-        }
-
     def copy(self) -> Sequence:
         """An independent sequence; the request is shared, as it is frozen. The caller sets
         `parent` and `forks`, which are still the old ones."""

@@ -40,8 +40,8 @@ DESCRIPTIONS = {
     Channel.TTFT: "a cached prompt's first token comes sooner (PROMPTPEEK, Early Bird, Audit)",
     Channel.CACHED_TOKENS: "the reply's usage counts cached tokens",
     Channel.QUEUE_ORDER: "a cached prompt overtakes others in the queue (PROMPTPEEK)",
-    Channel.OCCUPANCY: "public metrics differ before and after a probe of a cached prompt",
-    Channel.WATCH: "public metrics show whether somebody else's request found its prompt cached",
+    Channel.OCCUPANCY: "figures that one may read change otherwise by a probe of a cached prompt",
+    Channel.WATCH: "figures that one may read tell whether somebody else's prompt was cached",
 }
 
 

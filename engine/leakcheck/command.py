@@ -7,7 +7,6 @@ is the user's own.
 from __future__ import annotations
 
 import asyncio
-import dataclasses
 import datetime
 import secrets
 from collections.abc import Callable, Sequence
@@ -16,88 +15,13 @@ import numpy as np
 
 from engine import __version__
 from engine.leakcheck.addresses import Address, LeakcheckError, resolve
-from engine.leakcheck.channels import Channel, Scene
+from engine.leakcheck.channels import Scene
 from engine.leakcheck.http_target import HttpTarget
+from engine.leakcheck.options import Options
 from engine.leakcheck.report import SCHEMA, Report, render, summarise
-from engine.leakcheck.statistics import least_blocks
 from engine.leakcheck.targets import GrpcTarget, Target, Tenant
-from engine.leakcheck.trials import PAIRS_A_BLOCK, Mode, Progress, run_trials
+from engine.leakcheck.trials import Mode, Progress, run_trials
 from engine.leakcheck.verdicts import exit_code, judge
-
-MAX_TRIALS = 10_000
-MAX_PROMPT_TOKENS = 1_000_000
-MAX_BURST = 256
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Options:
-    """What to check, and how. Every field is validated on construction.
-
-    Attributes:
-      address: `host:port` of a gRPC server, or `http://host:port/v1` of an OpenAI-compatible one.
-      modes: the attack, its control, or both.
-      channels: those to try.
-      trials: pairs of a positive and a negative probe, for each channel and mode; even.
-      prompt_tokens: of each prompt; the longer, the more time a cached one saves.
-      burst: requests sent before the probe, to see the queue's order.
-      gap: seconds between the requests of a burst.
-      alpha: the chance of a false alarm on any channel that is accepted.
-      seed: of the order of probes and of the statistics. Prompts are new in every run.
-      timeout: seconds for a request.
-      model: of an OpenAI-compatible server; None takes the first that it lists.
-      victim_key, attacker_key: bearer tokens of two tenants.
-      victim_salt, attacker_salt: values of `cache_salt`. For a gRPC server without keys, two are
-        made up.
-      own_server: the server is the user's, so it may be elsewhere than on loopback.
-    """
-
-    address: str
-    modes: Sequence[Mode] = (Mode.CROSS, Mode.SAME)
-    channels: Sequence[Channel] = tuple(Channel)
-    trials: int = 40
-    prompt_tokens: int = 512
-    burst: int = 8
-    gap: float = 0.002
-    alpha: float = 0.01
-    seed: int = 0
-    timeout: float = 60.0
-    model: str | None = None
-    victim_key: str | None = dataclasses.field(default=None, repr=False)
-    attacker_key: str | None = dataclasses.field(default=None, repr=False)
-    victim_salt: str | None = None
-    attacker_salt: str | None = None
-    own_server: bool = False
-
-    def __post_init__(self) -> None:
-        if not self.modes or not self.channels:
-            raise LeakcheckError("there is nothing to do: ask for a mode and a channel")
-        _check_range("--alpha", self.alpha, 0.001, 0.2)
-        _check_range("--prompt-tokens", self.prompt_tokens, 32, MAX_PROMPT_TOKENS)
-        _check_range("--burst", self.burst, 2, MAX_BURST)
-        _check_range("--seed", self.seed, 0, 2**63 - 1)
-        _check_range("--timeout", self.timeout, 0.1, 3600)
-        least = PAIRS_A_BLOCK * least_blocks(self.alpha, len(set(self.channels)))
-        if not least <= self.trials <= MAX_TRIALS or self.trials % PAIRS_A_BLOCK:
-            raise LeakcheckError(
-                f"--trials is {self.trials}; give an even number from {least}, below which not "
-                f"even a perfect leak is significant at --alpha {self.alpha:g}, to {MAX_TRIALS}"
-            )
-        self._check_pair("key", self.victim_key, self.attacker_key)
-        self._check_pair("salt", self.victim_salt, self.attacker_salt)
-
-    def _check_pair(self, what: str, victims: str | None, attackers: str | None) -> None:
-        for value in (victims, attackers):
-            if value is not None and (not value or not value.isascii() or not value.isprintable()):
-                raise LeakcheckError(f"a {what} must be visible ASCII characters, at least one")
-        if (victims is None) != (attackers is None):
-            raise LeakcheckError(
-                f"only one {what} was given; give both --victim-{what} and --attacker-{what}"
-            )
-        if victims is not None and victims == attackers and Mode.CROSS in self.modes:
-            raise LeakcheckError(
-                f"--victim-{what} and --attacker-{what} are equal, so victim and attacker would be "
-                "one tenant; give two, or only run the control with --no-cross"
-            )
 
 
 def leakcheck(options: Options, progress: Progress, show: Callable[[Report], None]) -> int:
@@ -126,7 +50,8 @@ def show_report(report: Report, *, json: bool) -> None:
 
 async def check(options: Options, progress: Progress) -> Report:
     """Run the attacks and their controls, and judge what they saw."""
-    address = resolve(options.address, is_own=options.own_server)
+    options.check()
+    address = resolve(options.address, is_own=options.i_own_this_server)
     if options.victim_key and address.kind != "https" and not address.is_loopback:
         raise LeakcheckError(
             f"keys would travel to {address} in the clear; use https, or forward a port of this "
@@ -157,10 +82,9 @@ async def check_target(
             others[mode],
             options.burst,
             options.gap,
-            frozenset(options.channels),
+            options.channels,
         )
-        for mode in Mode
-        if mode in options.modes
+        for mode in options.modes
     }
     samples = await run_trials(scenes, options.trials, rng, progress)
     findings = tuple(judge(samples, options.alpha, rng))
@@ -207,8 +131,3 @@ def tenants(options: Options, address: Address) -> tuple[Tenant, Tenant, list[st
                 "apart; to test tenants, give --victim-key and --attacker-key, or two salts"
             )
     return victim, attacker, notes
-
-
-def _check_range(name: str, value: float, low: float, high: float) -> None:
-    if not low <= value <= high:
-        raise LeakcheckError(f"{name} is {value}; it must be from {low} to {high}")

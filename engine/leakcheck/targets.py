@@ -17,6 +17,7 @@ from typing import Any, NamedTuple, Protocol, Self
 
 import grpc
 import grpc.aio
+from google.protobuf.message import Message
 
 from engine.leakcheck.addresses import Address, LeakcheckError
 from engine.rpc.octavo.v1 import generation_pb2 as pb
@@ -26,24 +27,13 @@ type Clock = Callable[[], float]
 type Prompt = str | tuple[int, ...]
 
 MAX_MESSAGE = 4 * 2**20  # bytes that a server may send at once, or in an answer
+MAX_KEYS = 100  # of a map that are looked at
 MAX_QUOTED = 300  # characters of a server's own words in a message
 _CONTROLS = re.compile(r"[\x00-\x1f\x7f-\x9f]+")
 _IDLE_POLLS = 200
 _IDLE_SECONDS = 0.005
 
-# Counts of GetStats that may depend on what was cached. The time since the start is not one.
-_STATS = (
-    "free_blocks",
-    "cached_blocks",
-    "owned_blocks",
-    "steps",
-    "prompt_tokens",
-    "generated_tokens",
-    "cached_prompt_tokens",
-    "preemptions",
-    "padded_tokens",
-    "computed_tokens",
-)
+_CLOCKS = {"uptime_seconds"}  # figures that only say how late it is
 _REFUSALS = (
     grpc.StatusCode.UNIMPLEMENTED,
     grpc.StatusCode.PERMISSION_DENIED,
@@ -102,7 +92,7 @@ class Target(Protocol):
         ...
 
     async def metrics(self, tenant: Tenant) -> Mapping[str, float] | None:
-        """The public figures of the whole server, or None if this tenant can't read any."""
+        """All figures that this tenant can read, or None if there are none."""
         ...
 
 
@@ -111,6 +101,22 @@ def quoted(words: object) -> str:
     terminal."""
     text = words.decode("utf-8", "replace") if isinstance(words, bytes) else str(words)
     return " ".join(_CONTROLS.sub(" ", text[: 2 * MAX_QUOTED]).split())[:MAX_QUOTED]
+
+
+def numbers_in(message: Message) -> dict[str, float]:
+    """Every number of a flat message but clocks, by its field's name, and by its key in a map.
+
+    They are read from the message's description, so that a figure which is new is watched too.
+    """
+    numbers: dict[str, float] = {}
+    for field in message.DESCRIPTOR.fields:
+        value: Any = getattr(message, field.name)
+        if field.message_type is not None and field.message_type.GetOptions().map_entry:
+            keys = sorted(value)[:MAX_KEYS]
+            numbers |= {f"{field.name}[{quoted(key)}]": float(value[key]) for key in keys}
+        elif isinstance(value, int | float) and field.name not in _CLOCKS:
+            numbers[field.name] = float(value)
+    return numbers
 
 
 class GrpcTarget:
@@ -184,19 +190,30 @@ class GrpcTarget:
         return Reply(seconds, usage.cached_tokens, usage.prompt_tokens)
 
     async def metrics(self, tenant: Tenant) -> Mapping[str, float] | None:
-        """GetStats, once nothing runs: counts follow a request's last token within a step."""
-        try:
-            stats = await self._call("GetStats", pb.GetStatsRequest(), tenant)
+        """GetUsage and GetStats, as far as they are shown, once nothing runs: counts follow a
+        request's last token within a step."""
+        usage = pb.GetUsageRequest()
+        if tenant.salt is not None:
+            usage.cache_salt = tenant.salt
+        calls = {"GetUsage": usage, "GetStats": pb.GetStatsRequest()}
+        figures: dict[str, float] = {}
+        for method, request in calls.items():
             for _ in range(_IDLE_POLLS):
-                if not stats.running and not stats.waiting:
+                found = await self._figures(method, request, tenant)
+                if not any(found.get(name) for name in ("in_progress", "running", "waiting")):
                     break
                 await asyncio.sleep(_IDLE_SECONDS)
-                stats = await self._call("GetStats", pb.GetStatsRequest(), tenant)
+            figures |= {f"{method}.{name}": figure for name, figure in found.items()}
+        return figures or None
+
+    async def _figures(self, method: str, request: Any, tenant: Tenant) -> dict[str, float]:
+        """Every number in an answer, by name; none if the server doesn't answer this tenant."""
+        try:
+            return numbers_in(await self._call(method, request, tenant))
         except grpc.aio.AioRpcError as error:
             if error.code() in _REFUSALS:
-                return None
+                return {}
             raise self._failure(error) from None
-        return {name: float(getattr(stats, name)) for name in _STATS}
 
     def _call(self, method: str, request: Any, tenant: Tenant) -> Any:
         assert self._channel is not None

@@ -27,6 +27,7 @@ from engine.sampling import (
 from engine.types import FinishReason, TokenLogprobs
 
 if TYPE_CHECKING:
+    from engine.domain_usage import DomainUsage
     from engine.frontend import Delta, EngineStats, ModelInfo, Prompt
 
 MAX_CACHE_SALT_CHARS = 256
@@ -87,7 +88,9 @@ def request_id_from_proto(request: pb.GenerateRequest) -> str | None:
     return request.request_id
 
 
-def cache_salt_from_proto(request: pb.GenerateRequest | pb.FlushCacheRequest) -> str:
+def cache_salt_from_proto(
+    request: pb.GenerateRequest | pb.GetUsageRequest | pb.FlushCacheRequest,
+) -> str:
     """The client's part of the isolation domain. Raises InvalidRequest."""
     if len(request.cache_salt) > MAX_CACHE_SALT_CHARS:
         raise InvalidRequest(
@@ -354,6 +357,11 @@ def model_info_to_proto(info: ModelInfo, server_version: str) -> pb.GetModelInfo
         weights_fingerprint=info.weights_fingerprint,
         server_version=server_version,
     )
+
+
+def usage_to_proto(usage: DomainUsage) -> pb.GetUsageResponse:
+    """Equal names on both sides; a field that one side lacks is an error."""
+    return pb.GetUsageResponse(**dataclasses.asdict(usage))
 
 
 def stats_to_proto(stats: EngineStats) -> pb.GetStatsResponse:

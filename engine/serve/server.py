@@ -23,7 +23,7 @@ import grpc.aio
 from grpc_health.v1 import health, health_pb2, health_pb2_grpc
 from grpc_reflection.v1alpha import reflection
 
-from engine.config import Config, ServerConfig
+from engine.config import Config, ConfigError, ServerConfig
 from engine.rpc.octavo.v1 import generation_pb2_grpc
 from engine.serve.errors import ErrorInterceptor
 from engine.serve.service import SERVICE_NAME, GenerationService
@@ -56,7 +56,7 @@ class Server:
         self._config = config
         self._grace = grace
         self._port = config.port
-        self._service = GenerationService(config.max_concurrent)
+        self._service = GenerationService(config.max_concurrent, public_stats=config.public_stats)
         self._health = health.aio.HealthServicer()  # type: ignore[missing-attribute]
         self._server: grpc.aio.Server | None = None
 
@@ -87,7 +87,8 @@ class Server:
             raise AddressUnavailable(f"can't listen on {address}: {error}") from None
         await self._server.start()
         if not _is_loopback(config.host):
-            log.warning("%s has no authentication: whoever reaches it may use it", address)
+            also = ", and watch what others do (server.public_stats)" if config.public_stats else ""
+            log.warning("%s has no authentication: whoever reaches it may use it%s", address, also)
 
     async def set_engine(self, engine: Engine) -> None:
         """Begin to serve: health is SERVING from here on."""
@@ -138,7 +139,11 @@ def run_server(
     Returns:
       The exit code: 0 after a signal, 1 if the address is not available or the engine stopped
       by itself.
+
+    Raises:
+      ConfigError: callers would share one cache, and the server would not be on loopback.
     """
+    _check_isolation(config)
 
     def load() -> Engine:
         from engine.frontend import Engine
@@ -287,6 +292,22 @@ def _octavo_command() -> str:
     with contextlib.suppress(ValueError):
         return str(script.relative_to(Path.cwd()))
     return str(script)
+
+
+def _check_isolation(config: Config) -> None:
+    """Refuse a server without isolation that others can reach, and warn of any other."""
+    if config.cache.isolation == "domain":
+        return
+    if not _is_loopback(config.server.host):
+        raise ConfigError(
+            f"cache.isolation is none, and server.host is {config.server.host}: whoever reaches "
+            "the server could find out what others have sent; set server.host to 127.0.0.1, or "
+            "leave cache.isolation out"
+        )
+    log.warning(
+        "ISOLATION IS OFF (cache.isolation: none): all callers share one cache, and each can find "
+        "out what others have sent. This is for `octavo leakcheck`, and never for real prompts"
+    )
 
 
 def _is_loopback(host: str) -> bool:

@@ -32,9 +32,10 @@ SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Generation"].full_name
 
 
 def domain_of(
-    context: grpc.aio.ServicerContext, request: pb.GenerateRequest | pb.FlushCacheRequest
+    context: grpc.aio.ServicerContext,
+    request: pb.GenerateRequest | pb.GetUsageRequest | pb.FlushCacheRequest,
 ) -> Domain:
-    """Who may share cached blocks with this request.
+    """Who may share cached blocks with this request, and whose figures a caller may see.
 
     The tenant comes from who is authenticated. There is no authentication yet, so all callers
     are one tenant; the client's salt can only narrow the sharing.
@@ -52,9 +53,11 @@ class GenerationService:
     Args:
       max_concurrent: calls of Generate, Tokenize and Detokenize in progress at once, those
         included whose client left while a thread still works for them.
+      public_stats: whether every caller is shown GetStats.
     """
 
-    def __init__(self, max_concurrent: int):
+    def __init__(self, max_concurrent: int, *, public_stats: bool = False):
+        self._public_stats = public_stats
         self._max_concurrent = max_concurrent
         self._engine: Engine | None = None
         self._shutting_down = False
@@ -161,10 +164,24 @@ class GenerationService:
         convert.refuse_unknown_fields(request)
         return convert.model_info_to_proto(self._ready_engine().model_info(), __version__)
 
+    async def GetUsage(
+        self, request: pb.GetUsageRequest, context: grpc.aio.ServicerContext
+    ) -> pb.GetUsageResponse:
+        convert.refuse_unknown_fields(request)
+        engine = self._ready_engine(even_late=True)
+        return convert.usage_to_proto(engine.usage(domain_of(context, request)))
+
     async def GetStats(
         self, request: pb.GetStatsRequest, context: grpc.aio.ServicerContext
     ) -> pb.GetStatsResponse:
         convert.refuse_unknown_fields(request)
+        if not self._public_stats:  # until there is authentication, nobody is the operator
+            raise Refused(
+                grpc.StatusCode.PERMISSION_DENIED,
+                "GetStats counts the requests of all callers together, so this server shows it to "
+                "none; GetUsage has your own figures. To show it to all who reach the server, "
+                "start that with --set server.public_stats=true",
+            )
         return convert.stats_to_proto(self._ready_engine(even_late=True).stats())
 
     async def FlushCache(

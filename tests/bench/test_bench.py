@@ -21,7 +21,7 @@ SHAPE = Synthetic(num_requests=12, input_len=40, output_len=10, shared_prefix=20
 
 @pytest.fixture
 async def address(tiny_engine: Engine) -> AsyncIterator[str]:
-    server = Server(ServerConfig(port=0), grace=0.05)
+    server = Server(ServerConfig(port=0, public_stats=True), grace=0.05)
     await server.start()
     await server.set_engine(tiny_engine)
     yield server.address
@@ -160,6 +160,27 @@ async def test_a_server_s_cache_is_looked_at_while_it_runs(
     assert code == 0
     engine = json.loads(output.read_bytes())["runs"][0]["engine"]
     assert 0 < engine["kv_utilisation_mean"] <= engine["kv_utilisation_peak"] <= 16 / 32
+
+
+async def test_a_server_may_keep_its_figures_to_itself(
+    tiny_engine: Engine, tmp_path: Path, capsys: Any
+) -> None:
+    server = Server(ServerConfig(port=0), grace=0.05)
+    await server.start()
+    await server.set_engine(tiny_engine)
+    output = tmp_path / "report.json"
+    try:
+        code = await asyncio.to_thread(
+            bench.serve, server.address, synthetic=SHAPE, concurrency=4, output=output
+        )
+    finally:
+        await server.stop()
+    assert code == 0
+    run = json.loads(output.read_bytes())["runs"][0]
+    assert run["output_tokens_per_second"] > 0
+    assert set(run["engine"].values()) == {None}
+    assert run["internal_fragmentation"] is None
+    assert capsys.readouterr().err.count("--set server.public_stats=true") == 1
 
 
 async def test_a_server_that_refuses_fails_the_benchmark(

@@ -12,12 +12,13 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.core import planning, scheduler, sequences
+from engine.core import merging, planning, scheduler, sequences
 from engine.core.block_keys import child_key, root_key
 from engine.core.block_pool import BlockPool
 from engine.core.core import Core
 from engine.core.host_tier import HostTier
 from engine.core.limits import Limits
+from engine.core.merging import MergingPool
 from engine.core.retention import Retention
 from engine.core.scheduler import SchedulerState
 from engine.core.sequences import Sequence, WaitingQueue
@@ -74,7 +75,7 @@ def sharing_does_not_count(patch: Patch) -> None:
 
 @mutant
 def sharing_leaves_the_block_evictable(patch: Patch) -> None:
-    rewrite(patch, BlockPool, "share", "self._cached.remove(block)", "pass")
+    rewrite(patch, BlockPool, "share", "del self._cached[block]", "pass")
 
 
 @mutant
@@ -591,3 +592,59 @@ def a_lost_public_prefix_stays_pinned(patch: Patch) -> None:
 @mutant
 def a_request_counts_on_pinned_blocks(patch: Patch) -> None:
     rewrite(patch, scheduler, "admit", "- len(state._peek().public.keys)", "")
+
+
+# Blocks that are merged.
+
+
+@mutant
+def a_merged_block_gets_no_further_owner(patch: Patch) -> None:
+    rewrite(patch, merging, "merge_full_blocks", "core.pool.share(", "list(")
+
+
+@mutant
+def a_block_that_was_merged_away_is_kept(patch: Patch) -> None:
+    rewrite(patch, merging, "merge_full_blocks", "core.pool.release(", "list(")
+
+
+@mutant
+def a_merge_changes_plans_on_their_way(patch: Patch) -> None:
+    rewrite(
+        patch,
+        merging,
+        "merge_full_blocks",
+        "seq.block_ids = seq.block_ids.copy()",
+        "seq.block_ids.setflags(write=True)",
+    )
+
+
+@mutant
+def a_block_is_merged_before_it_is_computed_again(patch: Patch) -> None:
+    rewrite(patch, merging, "merge_full_blocks", "min(num_tokens, seq.num_computed)", "num_tokens")
+
+
+@mutant
+def a_block_is_merged_while_a_place_in_it_is_empty(patch: Patch) -> None:
+    rewrite(
+        patch,
+        merging,
+        "merge_full_blocks",
+        "// limits.block_size",
+        "// limits.block_size + (num_tokens % limits.block_size > 1)",
+    )
+
+
+@mutant
+def a_name_outlives_the_last_owner_of_a_merged_block(patch: Patch) -> None:
+    rewrite(patch, MergingPool, "release", "self._forget_name(block)", "pass")
+
+
+@mutant
+def prompts_are_looked_up_where_blocks_are_merged(patch: Patch) -> None:
+    rewrite(
+        patch,
+        planning,
+        "_admit_waiting",
+        "if limits.prefix_reuse and",
+        "if (limits.prefix_reuse or limits.merge_blocks) and",
+    )

@@ -26,7 +26,7 @@ LIMITS: Ranges = {
     "spare_tokens": (0, 20),  # of the step's budget, beyond one for each sequence
     "max_model_len": (6, 40),
     "max_waiting": (1, 16),
-    "prefix_reuse": (0, 5),  # off at 0
+    "prefix_reuse": (0, 9),  # on above 5; below 5 blocks are merged instead
     "host_blocks": (-4, 12),  # none if it is not above 0
     "max_preemptions": (1, 2),
     "max_in_flight": (1, 3),
@@ -63,6 +63,7 @@ WEIGHTS = {
 def make_limits(numbers: Numbers) -> Limits:
     """A pool that is small against the longest sequence."""
     longest = -(-(numbers["max_model_len"] - 1) // numbers["block_size"])
+    merges = numbers["prefix_reuse"] < 5
     return Limits(
         num_blocks=max(1, longest + numbers["spare_blocks"]),
         block_size=numbers["block_size"],
@@ -70,8 +71,9 @@ def make_limits(numbers: Numbers) -> Limits:
         max_step_tokens=numbers["max_num_seqs"] + numbers["spare_tokens"],
         max_model_len=numbers["max_model_len"],
         max_waiting=numbers["max_waiting"],
-        prefix_reuse=numbers["prefix_reuse"] > 0,
-        host_blocks=max(0, numbers["host_blocks"]),
+        prefix_reuse=numbers["prefix_reuse"] > 5,
+        merge_blocks=merges,
+        host_blocks=0 if merges else max(0, numbers["host_blocks"]),
         max_preemptions=numbers["max_preemptions"],
         fingerprint="weights",
     )

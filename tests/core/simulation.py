@@ -208,9 +208,14 @@ class Simulation:
                 expected.append(self._expected_output(record, step.tokens.token_ids[index]))
         if self.recorder:
             self.recorder.commit(step.plan, step.tokens)
-        old = self.state
+        old, tables = self.state, self._tables()
         self.state, outputs = scheduler.commit(self.state, step.plan, step.tokens, self.limits)
         self._assert_consumed(old)
+        self.counts["merged"] += sum(
+            old != new
+            for name, blocks in self._tables().items()
+            for old, new in zip(tables[name], blocks, strict=True)
+        )
         assert outputs == tuple(expected)
         for output in outputs:
             if output.finish_reason is not None:
@@ -531,6 +536,8 @@ class Simulation:
             assert record.num_committed == record.num_sampled, "it restarts without all tokens"
             assert row.start % self.limits.block_size == 0
             record.computed = row.start
+            if self.limits.merge_blocks:
+                assert row.start == 0, "a cached prefix can be observed"
             if record.num_cached is None:
                 record.num_cached = row.start
                 if record.request.sampling.prompt_logprobs is not None:
@@ -593,6 +600,11 @@ class Simulation:
         tokens = history.tokens
         full = -(-len(tokens) // self.limits.block_size) * self.limits.block_size
         return full <= len(self.public) and tokens == self.public[: len(tokens)]
+
+    def _tables(self) -> dict[str, list[int]]:
+        """The blocks of each running sequence."""
+        running = self.state._peek().running
+        return {seq.request.request_id: seq.owned_blocks() for seq in running}
 
     def _check_names(self) -> None:
         """Every name is true: the block holds what its key says, on the device, now."""

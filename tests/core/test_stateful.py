@@ -53,6 +53,7 @@ EVENTS = (
     "finished: stop",
     "hits",
     "inherited",
+    "merged",
     "operation: copy",
     "parted",
     "preempted",

@@ -36,11 +36,20 @@ class _Servicer:
             name="fake", max_model_len=256, server_version="0", architecture=architecture
         )
 
-    async def GetStats(self, request: Any, context: Any) -> Any:
+    async def GetUsage(self, request: Any, context: Any) -> Any:
         if not self._simulation.shows:
+            await context.abort(grpc.StatusCode.UNIMPLEMENTED, "an older server")
+        counts = self._simulation.metrics(f"{_key(context)}/{request.cache_salt}")
+        return pb.GetUsageResponse(
+            prompt_tokens=counts.get("prompt_tokens", 0),
+            cached_prompt_tokens=counts.get("cached_prompt_tokens", 0),
+        )
+
+    async def GetStats(self, request: Any, context: Any) -> Any:
+        if not self._simulation.shows_all:
             await context.abort(grpc.StatusCode.PERMISSION_DENIED, "for operators")
         response = pb.GetStatsResponse()
-        for name, count in self._simulation.metrics(f"{_key(context)}/").items():
+        for name, count in self._simulation.totals().items():
             setattr(response, name, count)
         return response
 
@@ -56,6 +65,7 @@ async def grpc_server(simulation: Simulation) -> AsyncIterator[str]:
     methods = {
         "Generate": grpc.unary_stream_rpc_method_handler,
         "GetModelInfo": grpc.unary_unary_rpc_method_handler,
+        "GetUsage": grpc.unary_unary_rpc_method_handler,
         "GetStats": grpc.unary_unary_rpc_method_handler,
     }
     servicer = _Servicer(simulation)

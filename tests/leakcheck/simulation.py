@@ -43,6 +43,7 @@ class Simulation:
         self.caches = caches
         self.prefers_hits = prefers_hits
         self.shows = shows
+        self.shows_all = Channel.WATCH in self.leaks
         self.quiet = quiet
         self.seconds = 0.0
         self.prompts: list[tuple[str, str]] = []
@@ -94,8 +95,10 @@ class Simulation:
 
     def metrics(self, tenant: str) -> dict[str, int]:
         """The counts that a tenant may read: its own, or everybody's if `watch` leaks."""
-        if Channel.WATCH not in self.leaks:
-            return dict(self._counts[tenant])
+        return self.totals() if self.shows_all else dict(self._counts[tenant])
+
+    def totals(self) -> dict[str, int]:
+        """The counts of all tenants together."""
         return dict(sum(self._counts.values(), Counter()))
 
     def _next(self) -> tuple[str, str]:

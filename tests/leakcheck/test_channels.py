@@ -12,11 +12,11 @@ import pytest
 
 from engine.leakcheck.addresses import resolve
 from engine.leakcheck.channels import Channel, orderliness
-from engine.leakcheck.command import Options, check_target
+from engine.leakcheck.command import check_target
 from engine.leakcheck.http_target import HttpTarget
+from engine.leakcheck.options import Options
 from engine.leakcheck.report import Report
 from engine.leakcheck.targets import GrpcTarget, Target, Tenant
-from engine.leakcheck.trials import Mode
 from engine.leakcheck.verdicts import Verdict
 from tests.leakcheck.servers import grpc_server, http_server
 from tests.leakcheck.simulation import Simulation
@@ -59,7 +59,7 @@ def _verdicts(report: Report) -> dict[Channel, Verdict]:
 @pytest.mark.parametrize("leak", Channel)
 async def test_a_leak_is_found_on_its_channel(serve: Serve, leak: Channel) -> None:
     quiet = QUIET if leak is Channel.QUEUE_ORDER else 0.0
-    report = await _check(serve, Simulation(leak, quiet=quiet), channels=[leak])
+    report = await _check(serve, Simulation(leak, quiet=quiet), channel=[leak])
     (finding,) = report.findings
     assert finding.verdict is Verdict.LEAK
     assert finding.cross is not None
@@ -75,7 +75,7 @@ async def test_a_leak_is_found_on_its_channel(serve: Serve, leak: Channel) -> No
 async def test_a_server_that_keeps_tenants_apart_has_no_leak(
     serve: Serve, channels: tuple[Channel, ...], quiet: float
 ) -> None:
-    report = await _check(serve, Simulation(quiet=quiet), channels=channels)
+    report = await _check(serve, Simulation(quiet=quiet), channel=channels)
     assert _verdicts(report) == dict.fromkeys(channels, Verdict.NO_LEAK)
     assert report.exit_code == 0
     for finding in report.findings:
@@ -88,7 +88,7 @@ async def test_a_server_that_keeps_tenants_apart_has_no_leak(
 @SERVERS
 @pytest.mark.parametrize("leak", [Channel.TTFT, Channel.CACHED_TOKENS, Channel.OCCUPANCY])
 async def test_a_leak_shows_on_no_other_channel(serve: Serve, leak: Channel) -> None:
-    report = await _check(serve, Simulation(leak), channels=WITHOUT_THE_QUEUE)
+    report = await _check(serve, Simulation(leak), channel=WITHOUT_THE_QUEUE)
     leaks = [channel for channel, verdict in _verdicts(report).items() if verdict is Verdict.LEAK]
     assert leaks == [leak]
 
@@ -97,7 +97,7 @@ async def test_a_leak_shows_on_no_other_channel(serve: Serve, leak: Channel) -> 
 async def test_without_a_cache_the_tool_says_that_it_is_blind(serve: Serve) -> None:
     simulation = Simulation(caches=False)
     channels = [Channel.TTFT, Channel.OCCUPANCY]
-    report = await _check(serve, simulation, channels=channels)
+    report = await _check(serve, simulation, channel=channels)
     assert _verdicts(report) == dict.fromkeys(channels, Verdict.BLIND)
     assert "silence means nothing" in report.findings[0].reason
     assert report.exit_code == 2
@@ -106,7 +106,7 @@ async def test_without_a_cache_the_tool_says_that_it_is_blind(serve: Serve) -> N
 @SERVERS
 async def test_a_queue_in_order_of_arrival_is_no_channel(serve: Serve) -> None:
     simulation = Simulation(prefers_hits=False, quiet=QUIET)
-    report = await _check(serve, simulation, channels=[Channel.QUEUE_ORDER])
+    report = await _check(serve, simulation, channel=[Channel.QUEUE_ORDER])
     assert _verdicts(report) == {Channel.QUEUE_ORDER: Verdict.ABSENT}
     assert report.exit_code == 0
 
@@ -114,7 +114,7 @@ async def test_a_queue_in_order_of_arrival_is_no_channel(serve: Serve) -> None:
 @SERVERS
 async def test_what_a_server_does_not_show_is_not_measurable(serve: Serve) -> None:
     channels = [Channel.OCCUPANCY, Channel.WATCH, Channel.TTFT]
-    report = await _check(serve, Simulation(shows=False), channels=channels)
+    report = await _check(serve, Simulation(shows=False), channel=channels)
     verdicts = _verdicts(report)
     assert verdicts.pop(Channel.TTFT) is Verdict.NO_LEAK
     assert set(verdicts.values()) == {Verdict.NOT_MEASURABLE}
@@ -122,7 +122,7 @@ async def test_what_a_server_does_not_show_is_not_measurable(serve: Serve) -> No
 
 
 async def test_a_usage_without_a_count_is_not_measurable() -> None:
-    report = await _check(http_server, Simulation(shows=False), channels=[Channel.CACHED_TOKENS])
+    report = await _check(http_server, Simulation(shows=False), channel=[Channel.CACHED_TOKENS])
     assert _verdicts(report) == {Channel.CACHED_TOKENS: Verdict.NOT_MEASURABLE}
     assert report.exit_code == 2
 
@@ -132,7 +132,7 @@ async def test_a_usage_without_a_count_is_not_measurable() -> None:
 )
 async def test_the_control_can_be_run_alone(caches: bool, verdict: Verdict, code: int) -> None:
     simulation = Simulation(caches=caches)
-    report = await _check(grpc_server, simulation, channels=[Channel.TTFT], modes=[Mode.SAME])
+    report = await _check(grpc_server, simulation, channel=[Channel.TTFT], cross=False)
     assert _verdicts(report) == {Channel.TTFT: verdict}
     assert report.findings[0].cross is None
     assert report.exit_code == code
@@ -141,7 +141,7 @@ async def test_the_control_can_be_run_alone(caches: bool, verdict: Verdict, code
 
 async def test_the_attack_alone_says_that_it_had_no_control() -> None:
     simulation = Simulation()
-    report = await _check(grpc_server, simulation, channels=[Channel.TTFT], modes=[Mode.CROSS])
+    report = await _check(grpc_server, simulation, channel=[Channel.TTFT], same=False)
     assert _verdicts(report) == {Channel.TTFT: Verdict.NO_LEAK}
     assert "no control was run" in report.findings[0].reason
 
@@ -150,7 +150,7 @@ async def test_the_attack_alone_says_that_it_had_no_control() -> None:
 async def test_no_prompt_is_probed_twice(serve: Serve) -> None:
     simulation = Simulation()
     channels = [Channel.TTFT, Channel.QUEUE_ORDER]
-    await _check(serve, simulation, channels=channels, modes=[Mode.CROSS])
+    await _check(serve, simulation, channel=channels, same=False)
     assert simulation.prompts
     assert set(Counter(simulation.prompts).values()) == {1}  # of the same tenant
     beginnings = Counter(prompt[:32] for prompt, tenant in simulation.prompts if "vic" in tenant)
@@ -160,14 +160,14 @@ async def test_no_prompt_is_probed_twice(serve: Serve) -> None:
 async def test_a_second_run_with_the_same_seed_finds_nothing_of_the_first() -> None:
     simulation = Simulation()
     for _ in range(2):
-        report = await _check(grpc_server, simulation, channels=[Channel.CACHED_TOKENS])
+        report = await _check(grpc_server, simulation, channel=[Channel.CACHED_TOKENS])
         assert _verdicts(report) == {Channel.CACHED_TOKENS: Verdict.NO_LEAK}
     assert set(Counter(simulation.prompts).values()) <= {1, 2}  # by two tenants of equal name
 
 
 async def test_both_arms_come_equally_often_and_in_the_order_of_abba() -> None:
     simulation = Simulation()
-    await _check(grpc_server, simulation, channels=[Channel.CACHED_TOKENS], modes=[Mode.CROSS])
+    await _check(grpc_server, simulation, channel=[Channel.CACHED_TOKENS], same=False)
     secrets = [prompt for prompt, tenant in simulation.prompts if "victim" in tenant]
     probes = [prompt for prompt, tenant in simulation.prompts if "attacker" in tenant]
     arms = [secret == probe for secret, probe in zip(secrets[1:], probes[1:], strict=True)]
@@ -192,7 +192,7 @@ async def test_one_failed_request_of_a_burst_ends_the_others() -> None:
         grpc_server(simulation) as address,
         Failing(resolve(address), 20.0, simulation.now) as target,
     ):
-        options = Options(address=address, channels=[Channel.QUEUE_ORDER], prompt_tokens=32)
+        options = Options(address=address, channel=["queue_order"], prompt_tokens=32)
         with pytest.raises(RuntimeError, match="broken"):
             await check_target(options, target, VICTIM, ATTACKER, "", (), lambda *_: None)
         others = asyncio.all_tasks() - {asyncio.current_task()}

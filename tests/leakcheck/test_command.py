@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -13,7 +13,8 @@ from rich.console import Console
 
 from engine.leakcheck.addresses import LeakcheckError, resolve
 from engine.leakcheck.channels import Channel
-from engine.leakcheck.command import Options, check, leakcheck, show_report, tenants
+from engine.leakcheck.command import check, leakcheck, show_report, tenants
+from engine.leakcheck.options import ChannelName, Options
 from engine.leakcheck.report import Report, render
 from engine.leakcheck.statistics import NEGATIVE, POSITIVE
 from engine.leakcheck.trials import Mode, Samples
@@ -42,7 +43,7 @@ def _quick(address: str) -> Options:
     """One channel, as few trials as tell anything."""
     return Options(
         address=address,
-        channels=[Channel.CACHED_TOKENS],
+        channel=["cached_tokens"],
         trials=16,
         prompt_tokens=32,
         alpha=0.05,
@@ -74,7 +75,7 @@ def test_another_machine_is_refused_before_anything_is_sent() -> None:
 
 
 def test_keys_are_not_sent_to_another_machine_in_the_clear() -> None:
-    keys: Any = {"victim_key": "a", "attacker_key": "b", "own_server": True}
+    keys: Any = {"victim_key": "a", "attacker_key": "b", "i_own_this_server": True}
     options = Options(address="192.0.2.1:50051", **keys)
     with pytest.raises(LeakcheckError, match="in the clear"):
         leakcheck(options, lambda *_: None, lambda report: None)
@@ -92,8 +93,7 @@ def test_keys_are_not_sent_to_another_machine_in_the_clear() -> None:
         ({"burst": 1}, "--burst"),
         ({"seed": -1}, "--seed"),
         ({"timeout": float("inf")}, "--timeout"),
-        ({"channels": []}, "nothing to do"),
-        ({"modes": []}, "nothing to do"),
+        ({"cross": False, "same": False}, "nothing to do"),
         ({"victim_key": "a"}, "both --victim-key and --attacker-key"),
         ({"attacker_salt": "a"}, "both --victim-salt and --attacker-salt"),
         ({"victim_key": "a", "attacker_key": "a"}, "would be one tenant"),
@@ -103,11 +103,18 @@ def test_keys_are_not_sent_to_another_machine_in_the_clear() -> None:
 )
 def test_options_that_make_no_sense_are_refused(given: dict[str, Any], message: str) -> None:
     with pytest.raises(LeakcheckError, match=message):
-        _options(**given)
+        _options(**given).check()
 
 
 def test_fewer_channels_need_fewer_trials() -> None:
-    assert _options(channels=[Channel.TTFT], trials=16).trials == 16
+    _options(channel=[Channel.TTFT], trials=16).check()
+    with pytest.raises(LeakcheckError, match="--trials"):
+        _options(trials=16).check()
+
+
+def test_every_channel_can_be_named() -> None:
+    assert set(get_args(ChannelName)) == set(Channel) == _options().channels
+    assert _options(channel=["watch"]).channels == {Channel.WATCH}
 
 
 def test_a_key_is_not_shown_with_the_options() -> None:

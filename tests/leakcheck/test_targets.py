@@ -16,8 +16,10 @@ from engine.config import ServerConfig
 from engine.leakcheck import http_target
 from engine.leakcheck.addresses import LeakcheckError, resolve
 from engine.leakcheck.http_target import HttpTarget, parse_metrics
-from engine.leakcheck.targets import GrpcTarget, Reply, Tenant
+from engine.leakcheck.targets import GrpcTarget, Reply, Tenant, numbers_in
+from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.serve.server import Server
+from engine.types import Domain
 from tests.leakcheck.servers import grpc_server, http_server
 from tests.leakcheck.simulation import Simulation
 from tests.serve.fake_engine import FakeEngine
@@ -77,7 +79,7 @@ async def test_the_real_service_answers_as_the_target_expects() -> None:
             reply = await target.send(prompt, Tenant(salt="mine"))
             assert reply.seconds > 0
             assert (reply.cached_tokens, reply.prompt_tokens) == (16, 32)
-            metrics = await target.metrics(NOBODY)
+            metrics = await target.metrics(Tenant(salt="mine"))
     finally:
         await server.stop()
     (call,) = engine.calls
@@ -85,8 +87,29 @@ async def test_the_real_service_answers_as_the_target_expects() -> None:
     assert call.domain.salt == "mine"
     assert tuple(call.prompt) == prompt
     assert call.sampling.max_tokens == 1
-    assert metrics is not None
-    assert metrics["cached_prompt_tokens"] == engine.stats().cached_prompt_tokens
+    usage = engine.usage(Domain(salt="mine"))
+    assert metrics == {
+        "GetUsage.in_progress": usage.in_progress,
+        "GetUsage.prompt_tokens": usage.prompt_tokens,
+        "GetUsage.cached_prompt_tokens": usage.cached_prompt_tokens,
+        "GetUsage.generated_tokens": usage.generated_tokens,
+        "GetUsage.finished[stop]": usage.finished["stop"],
+    }
+
+
+def test_every_number_of_an_answer_is_watched_but_the_time() -> None:
+    """Whatever a later version adds to the figures."""
+    everything = pb.GetStatsResponse()
+    expected = {}
+    for number, field in enumerate(pb.GetStatsResponse.DESCRIPTOR.fields, 1):
+        if field.name in ("finished", "held_steps"):
+            getattr(everything, field.name)["some"] = number
+            expected[f"{field.name}[some]"] = float(number)
+        else:
+            setattr(everything, field.name, number)
+            expected[field.name] = float(number)
+    del expected["uptime_seconds"]
+    assert numbers_in(everything) == expected
 
 
 async def test_prompts_are_as_long_as_asked_and_never_the_same() -> None:

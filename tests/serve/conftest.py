@@ -19,7 +19,7 @@ def fake() -> FakeEngine:
 
 @pytest.fixture
 async def server(fake: FakeEngine) -> AsyncIterator[Server]:
-    server = Server(ServerConfig(port=0), grace=0.05)
+    server = Server(ServerConfig(port=0, public_stats=True), grace=0.05)
     await server.start()
     await server.set_engine(fake)
     yield server

@@ -14,6 +14,7 @@ from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
 from engine.config import Architecture
+from engine.domain_usage import DomainUsage
 from engine.frontend import Delta, Engine, EngineStats, ModelInfo, Prompt, Usage
 from engine.sampling import SamplingParams
 from engine.types import Domain, FinishReason, TokenLogprobs
@@ -165,6 +166,11 @@ class FakeEngine(Engine):
     @property
     def is_alive(self) -> bool:
         return not self.is_closed
+
+    def usage(self, domain: Domain) -> DomainUsage:
+        """A number for each salt, so that the wrong domain shows."""
+        number = len(domain.salt) if domain.tenant == "default" else 999
+        return DomainUsage(0, number, number + 1, number + 2, {"stop": number + 3})
 
     def stats(self) -> EngineStats:
         """Every field differs, so that a swapped pair shows."""

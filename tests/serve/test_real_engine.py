@@ -28,6 +28,7 @@ sys.exit(run_server(load(sys.argv[1], sys.argv[2:])))
 # Few and small shapes: this is about the service, and compiling takes most of the time.
 OVERRIDES = (
     "server.port=0",
+    "server.public_stats=true",
     "model.max_model_len=512",
     "cache.memory=null",
     "cache.num_blocks=128",

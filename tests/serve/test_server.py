@@ -17,10 +17,12 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from engine import __version__
 from engine.client import AsyncClient, Delta, ServiceError
-from engine.config import ServerConfig
+from engine.config import ConfigError, ServerConfig
+from engine.config_file import from_tree
+from engine.domain_usage import DomainUsage
 from engine.frontend import EngineStats
 from engine.rpc.octavo.v1 import generation_pb2 as pb
-from engine.serve.server import AddressUnavailable, Server, serve
+from engine.serve.server import AddressUnavailable, Server, run_server, serve
 from engine.types import Domain, FinishReason
 from tests.conftest import ROOT
 from tests.serve.fake_engine import FakeEngine, collect
@@ -91,6 +93,55 @@ async def test_every_figure_of_the_engine_is_in_the_stats(
     for name in names - {"finished"}:
         assert getattr(stats, name) == getattr(expected, name)
     assert dict(stats.finished) == {"length": 1}
+
+
+async def test_stats_of_all_callers_are_for_the_operator(fake: FakeEngine) -> None:
+    server = Server(ServerConfig(port=0), grace=0.05)
+    await server.start()
+    await server.set_engine(fake)
+    try:
+        async with AsyncClient(server.address) as client:
+            with pytest.raises(ServiceError, match=r"server\.public_stats=true") as refused:
+                await client.stats()
+            await client.usage()
+    finally:
+        await server.stop()
+    assert refused.value.code is grpc.StatusCode.PERMISSION_DENIED
+
+
+async def test_usage_is_that_of_the_caller_s_own_salt(client: AsyncClient) -> None:
+    usage = await client.usage(cache_salt="abc")
+    names = {field.name for field in dataclasses.fields(DomainUsage)}
+    assert {field.name for field in pb.GetUsageResponse.DESCRIPTOR.fields} == names
+    assert (usage.prompt_tokens, usage.cached_prompt_tokens, usage.generated_tokens) == (3, 4, 5)
+    assert dict(usage.finished) == {"stop": 6}
+    assert (await client.usage()).prompt_tokens == 0
+    with pytest.raises(ServiceError, match="cache_salt"):
+        await client.usage(cache_salt="a" * 257)
+
+
+@pytest.mark.parametrize("host", ["0.0.0.0", "192.0.2.1", "example.invalid"])
+def test_a_server_without_isolation_is_for_loopback_only(host: str) -> None:
+    config = from_tree(
+        {
+            "model": {"source": "nowhere"},
+            "cache": {"num_blocks": 1, "isolation": "none"},
+            "server": {"host": host},
+        }
+    )
+    with pytest.raises(ConfigError, match=r"server\.host to 127\.0\.0\.1"):
+        run_server(config)
+
+
+def test_a_server_without_isolation_says_so_loudly(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr("engine.serve.server.serve", lambda config, load: 0)
+    for isolation, is_told in (("domain", False), ("none", True)):
+        cache = {"num_blocks": 1, "isolation": isolation}
+        config = from_tree({"model": {"source": "nowhere"}, "cache": cache})
+        assert run_server(config) == 0
+        assert ("ISOLATION IS OFF" in caplog.text) == is_told
 
 
 async def test_a_busy_port_is_named_with_the_way_out(server: Server) -> None:

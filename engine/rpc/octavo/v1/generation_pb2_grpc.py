@@ -54,6 +54,11 @@ class GenerationStub(object):
                 request_serializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
                 response_deserializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetModelInfoResponse.FromString,
                 _registered_method=True)
+        self.GetUsage = channel.unary_unary(
+                '/octavo.v1.Generation/GetUsage',
+                request_serializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetUsageRequest.SerializeToString,
+                response_deserializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetUsageResponse.FromString,
+                _registered_method=True)
         self.GetStats = channel.unary_unary(
                 '/octavo.v1.Generation/GetStats',
                 request_serializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetStatsRequest.SerializeToString,
@@ -104,8 +109,16 @@ class GenerationServicer(object):
         context.set_details('Method not implemented!')
         raise NotImplementedError('Method not implemented!')
 
+    def GetUsage(self, request, context):
+        """Says what the caller's own requests came to: those of its tenant with the given cache_salt.
+        """
+        context.set_code(grpc.StatusCode.UNIMPLEMENTED)
+        context.set_details('Method not implemented!')
+        raise NotImplementedError('Method not implemented!')
+
     def GetStats(self, request, context):
-        """Says what the engine is doing now, and counts since it started.
+        """Says what the engine is doing now, and counts since it started, for all callers together. For
+        operators: PERMISSION_DENIED unless the server was started with server.public_stats.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
@@ -149,6 +162,11 @@ def add_GenerationServicer_to_server(servicer, server):
                     servicer.GetModelInfo,
                     request_deserializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetModelInfoRequest.FromString,
                     response_serializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetModelInfoResponse.SerializeToString,
+            ),
+            'GetUsage': grpc.unary_unary_rpc_method_handler(
+                    servicer.GetUsage,
+                    request_deserializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetUsageRequest.FromString,
+                    response_serializer=engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetUsageResponse.SerializeToString,
             ),
             'GetStats': grpc.unary_unary_rpc_method_handler(
                     servicer.GetStats,
@@ -274,6 +292,33 @@ class Generation(object):
             '/octavo.v1.Generation/GetModelInfo',
             engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetModelInfoRequest.SerializeToString,
             engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetModelInfoResponse.FromString,
+            options,
+            channel_credentials,
+            insecure,
+            call_credentials,
+            compression,
+            wait_for_ready,
+            timeout,
+            metadata,
+            _registered_method=True)
+
+    @staticmethod
+    def GetUsage(request,
+            target,
+            options=(),
+            channel_credentials=None,
+            call_credentials=None,
+            insecure=False,
+            compression=None,
+            wait_for_ready=None,
+            timeout=None,
+            metadata=None):
+        return grpc.experimental.unary_unary(
+            request,
+            target,
+            '/octavo.v1.Generation/GetUsage',
+            engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetUsageRequest.SerializeToString,
+            engine_dot_rpc_dot_octavo_dot_v1_dot_generation__pb2.GetUsageResponse.FromString,
             options,
             channel_credentials,
             insecure,

@@ -1,9 +1,10 @@
-"""What holds between the parts of a scheduler state after every operation; for tests."""
+"""A scheduler state as others see it: as plain data for crash reports and replays, and what must
+hold between its parts, for tests."""
 
 from __future__ import annotations
 
 from engine.core.core import Core
-from engine.core.sequences import NO_SLOT
+from engine.core.sequences import NO_SLOT, Sequence
 
 
 def check(core: Core) -> None:
@@ -32,3 +33,31 @@ def check(core: Core) -> None:
         first = seq.num_computed // core.block_size  # the next step writes from here on
         for block in seq.owned_blocks()[first + seq.shares_tail :]:
             assert not core.pool.is_shared(block), "a block that will be written is shared"
+
+
+def describe(core: Core) -> dict[str, object]:
+    """The state as plain data, without token ids."""
+    return {
+        "step": core.step,
+        "in_flight": core.in_flight.copy(),
+        "pool": core.pool.counts._asdict(),
+        "host": len(core.host),
+        "holding": core.holding,
+        "running": [_describe(seq) for seq in core.running],
+        "waiting": [_describe(seq) for seq in core.waiting.in_order()],
+    }
+
+
+def _describe(seq: Sequence) -> dict[str, object]:
+    return {
+        "request_id": seq.request.request_id,
+        "rank": list(seq.rank),
+        "slot": seq.slot,
+        "num_prompt": seq.num_prompt,
+        "num_known": len(seq.token_ids),
+        "num_total": seq.num_total,
+        "num_computed": seq.num_computed,
+        "num_preemptions": seq.num_preemptions,
+        "forks": [fork.request.request_id for fork in seq.forks],
+        "blocks": seq.owned_blocks(),
+    }
