@@ -19,7 +19,7 @@ from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.rpc.octavo.v1 import generation_pb2_grpc
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.serve import convert
-from engine.types import FinishReason, TokenLogprobs
+from engine.types import BeamScore, FinishReason, TokenLogprobs
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -65,6 +65,7 @@ class Delta:
       finish_reason: why the answer ended; on its last delta only.
       stop_reason: the stop string or stop token id that ended it, else None.
       prompt_tokens, cached_tokens, completion_tokens: tokens so far.
+      beam: how likely the answer is, if beam search found it; index 0 is the best.
     """
 
     request_id: str
@@ -78,6 +79,7 @@ class Delta:
     prompt_tokens: int
     cached_tokens: int
     completion_tokens: int
+    beam: BeamScore | None = None
 
 
 class AsyncClient:
@@ -256,6 +258,7 @@ def _delta(response: pb.GenerateResponse) -> Delta:
         prompt_tokens=response.usage.prompt_tokens,
         cached_tokens=response.usage.cached_tokens,
         completion_tokens=response.usage.completion_tokens,
+        beam=convert.beam_from_proto(response),
     )
 
 

@@ -20,7 +20,7 @@ from engine.frontend import Engine, ModelInfo, Prompt
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.streams import Delta, Usage
 from engine.text import Message
-from engine.types import FinishReason, QueueFull, TokenLogprobs
+from engine.types import BeamScore, FinishReason, QueueFull, TokenLogprobs
 
 AnyPrompt = str | Sequence[int] | Sequence[dict[str, str]] | Sequence[Message]
 
@@ -29,7 +29,8 @@ AnyPrompt = str | Sequence[int] | Sequence[dict[str, str]] | Sequence[Message]
 class Completion:
     """One finished generation; the fields are those of `engine.streams.Delta`, put together.
 
-    `others` are the further samples of the prompt, in order, if `sampling.n` is above 1.
+    `others` are the further samples of the prompt, in order, if `sampling.n` is above 1. Of beam
+    search, that is best first.
     """
 
     text: str
@@ -40,6 +41,7 @@ class Completion:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     others: tuple[Completion, ...] = ()
+    beam: BeamScore | None = None
 
 
 class LLM:
@@ -210,6 +212,7 @@ def _completion(deltas: list[Delta]) -> Completion:
         usage=last.usage,
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
         prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
+        beam=last.beam,
     )
 
 

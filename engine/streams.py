@@ -10,7 +10,7 @@ import dataclasses
 
 from engine.runtime.loop import Rejected
 from engine.text import Detokenizer, StopChecker, Tokenizer
-from engine.types import FinishReason, Request, StepOutput, TokenLogprobs
+from engine.types import BeamScore, FinishReason, Request, StepOutput, TokenLogprobs
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -37,6 +37,7 @@ class Delta:
       finish_reason: None while it goes on.
       stop_reason: the stop string or stop token that ended it, else None.
       usage: counts so far.
+      beam: of an output of beam search, which comes whole, in one delta.
     """
 
     index: int
@@ -47,6 +48,7 @@ class Delta:
     finish_reason: FinishReason | None
     stop_reason: str | int | None
     usage: Usage
+    beam: BeamScore | None = None
 
 
 class Stream:
@@ -91,7 +93,7 @@ class Stream:
     def start(self, request: Request, tokenizer: Tokenizer) -> None:
         """Get ready for the request's tokens."""
         self.live = {
-            index: _Sample(index, request, tokenizer) for index in range(len(request.names))
+            index: _Sample(index, request, tokenizer) for index in range(len(request.replies))
         }
 
     def put(self, index: int, item: StepOutput | Rejected) -> None:
@@ -165,4 +167,5 @@ class _Sample:
             finish_reason,
             stop_reason,
             Usage(last.num_prompt_tokens, last.num_cached_tokens, self._num_tokens),
+            last.beam,
         )

@@ -7,7 +7,8 @@ that only decodes ever need a block on the way, and if what the running ones are
 is left. A decode that finds no block preempts the lowest rank that was not preempted too often,
 which finds its blocks in the host tier later, or is recomputed. Nothing overtakes the head of the
 queue, so nothing starves. A request's forks start when its prompt is computed, on its blocks;
-whoever then writes to a shared block first gets a copy of it.
+whoever then writes to a shared block first gets a copy of it. Beams advance together or not at
+all, in a plan that is made once the tokens they go on with are known.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from collections.abc import Iterator
 
 import numpy as np
 
+from engine.core import beams
 from engine.core.core import Core, Holding
 from engine.core.limits import Limits
 from engine.core.sequences import NO_SLOT, Sequence
@@ -81,24 +83,37 @@ def _schedule_decodes(core: Core, rows: list[PlanRow], copies: list[BlockCopy]) 
         index += 1
         if seq.num_uncomputed != 1 or seq.num_total >= seq.max_total:
             continue
-        while _needs_block(seq, core):
-            if core.pool.num_available:
-                _give_block(seq, core, copies)
-                break
+        if seq.beams is not None and seq.num_pending:
+            continue  # which beams go on is not known yet
+        while (needed := _num_needed(seq, core)) and not _has_blocks(seq, core, needed):
             # The lowest rank that may be is given up. Those after this one have no row yet; and
             # if there are none, it goes itself: the higher ranks keep what they have.
             victim = next(
                 low for low in reversed(running) if low is seq or not core.is_protected(low)
             )
-            core.preempt(victim)
-            preempted.append(victim.request.request_id)
-            if victim is seq:
+            preempted += core.preempt(victim)
+            if seq.slot == NO_SLOT:
                 break
         if seq.slot == NO_SLOT:
             index -= 1  # the next one has moved up
             continue
+        if needed:
+            for one in (seq,) if seq.beams is None else seq.beams.members:
+                if _needs_block(one, core):
+                    _give_block(one, core, copies)
         rows.append(_advance(seq, 1, block_size))
     return preempted
+
+
+def _num_needed(seq: Sequence, core: Core) -> int:
+    """Blocks that must be there before the sequence may advance."""
+    return _needs_block(seq, core) if seq.beams is None else beams.num_needed(seq, core.block_size)
+
+
+def _has_blocks(seq: Sequence, core: Core, count: int) -> bool:
+    """Whether the sequence can be given so many."""
+    kept = 0 if seq.beams is None else len(seq.beams.reserve)
+    return count <= kept + core.pool.num_available
 
 
 def _needs_block(seq: Sequence, core: Core) -> bool:
@@ -110,7 +125,8 @@ def _needs_block(seq: Sequence, core: Core) -> bool:
 
 def _give_block(seq: Sequence, core: Core, copies: list[BlockCopy]) -> None:
     """A block for the next position; a copy of the last one if that is where it belongs."""
-    (block,) = core.pool.allocate(1)
+    reserve = None if seq.beams is None else seq.beams.reserve
+    block = reserve.pop() if reserve else core.pool.allocate(1)[0]
     if seq.num_computed == seq.num_blocks * core.block_size:
         seq.append_blocks([block])
     else:
@@ -173,6 +189,8 @@ def _admit_waiting(
 def _fits_with_all(core: Core, seq: Sequence) -> bool:
     """Whether the pool is expected to hold the running sequences to their ends, and this one."""
     everyone = [*core.running, seq]
+    forks = [fork for one in everyone for fork in one.forks]
+    everyone += forks
     lengths = np.array([(one.num_total, one.num_prompt, one.max_total) for one in everyone]).T
     held, num_prompt, most = lengths
     blocks = core.output_lengths.working_set(held - num_prompt, held, most, core.block_size)
@@ -180,12 +198,15 @@ def _fits_with_all(core: Core, seq: Sequence) -> bool:
         return True
     # Blocks that several own are counted for each of them: take what sharing saves off again.
     saved = sum(one.num_blocks for one in core.running) - core.pool.counts.owned
+    saved += sum(fork.num_prompt // core.block_size for fork in forks)
     return blocks - saved <= core.pool.num_blocks
 
 
 def _part(core: Core, rows: list[PlanRow]) -> None:
     """Let the forks of each prompt that this step ends sample from its last logits too."""
     for seq in [seq for seq in core.running if seq.forks and seq.num_total > seq.num_prompt]:
+        if seq.beams is not None:
+            continue  # they part when it is known with which tokens
         source = next(index for index, row in enumerate(rows) if row.request is seq.request)
         for fork in core.part(seq):
             rows.append(_advance(fork, 0, core.block_size)._replace(logits_of=source))

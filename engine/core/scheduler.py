@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from engine.core import planning
+from engine.core import beams, planning
 from engine.core.block_pool import PoolCounts
 from engine.core.core import Core, Holding
 from engine.core.limits import MAX_INT32, Limits
@@ -134,13 +134,17 @@ def admit(state: SchedulerState, limits: Limits, request: Request) -> SchedulerS
     for index, name in enumerate(names):
         if name in state or name in names[:index]:
             raise InvalidRequest("request_id", f"{name!r} is already running")
+    width = request.sampling.beam_width
+    field, what = ("beam_width", "beams") if width > 1 else ("n", "samples")
+    if width > 1 and len(names) != width:
+        raise InvalidRequest(field, f"is {width}, but the request has {len(names)} sequences")
     if request.forks and limits.allocator == "contiguous":
-        raise InvalidRequest("n", "the contiguous allocator shares no prompt; ask for one sample")
+        raise InvalidRequest(field, f"the contiguous allocator shares no prompt; ask for no {what}")
     if len(names) > limits.max_num_seqs:
         raise InvalidRequest(
-            "n",
-            f"{len(names)} samples of a prompt run at once, but the engine runs at most "
-            f"{limits.max_num_seqs} sequences; lower n or raise scheduler.max_num_seqs",
+            field,
+            f"{len(names)} {what} of a prompt run at once, but the engine runs at most "
+            f"{limits.max_num_seqs} sequences; lower {field} or raise scheduler.max_num_seqs",
         )
     if num_prompt == 0:
         raise InvalidRequest("prompt", "is empty; give at least one token")
@@ -165,6 +169,13 @@ def admit(state: SchedulerState, limits: Limits, request: Request) -> SchedulerS
             f"prompt and output may reach {longest} tokens, but the whole cache holds "
             f"{limits.num_blocks * limits.block_size}; lower max_tokens or enlarge the cache",
         )
+    most = beams.most_blocks(num_prompt, max_total, width, limits.block_size)
+    if most > limits.num_blocks:
+        raise InvalidRequest(
+            "beam_width",
+            f"{width} beams of up to {longest} tokens may take {most} blocks, but the whole cache "
+            f"has {limits.num_blocks}; lower beam_width or max_tokens, or enlarge the cache",
+        )
     if state.num_waiting + len(request.forks) >= limits.max_waiting:
         raise QueueFull(f"{limits.max_waiting} requests are waiting already; try again later")
     core = state._take()
@@ -178,7 +189,7 @@ def abort(
     """End a request from outside and return its blocks; an unknown id changes nothing."""
     core = state._take()
     seq = core.sequences.get(request_id)
-    outputs = () if seq is None else (_finish(core, seq, (), reason),)
+    outputs = () if seq is None else _finish(core, seq, reason)
     return Committed(SchedulerState(core), outputs)
 
 
@@ -224,6 +235,10 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
             seq.add_prompt_logprobs(row.start, tokens.prompt_logprobs[index])
         if not row.samples:
             continue
+        if seq.beams is not None:
+            if seq is seq.beams.members[0]:
+                outputs += _commit_beams(core, seq.beams, index, tokens, limits)
+            continue
         token = tokens.token_ids[index]
         seq.token_ids.append(token)
         if limits.prefix_reuse:
@@ -257,7 +272,7 @@ def fail(state: SchedulerState, plans: tuple[StepPlan, ...]) -> Committed:
         for row in plan.rows:
             seq = core.sequences.get(row.request.request_id)
             if seq is not None and plan.step >= seq.first_step:
-                outputs.append(_finish(core, seq, (), FinishReason.ERROR))
+                outputs += _finish(core, seq, FinishReason.ERROR)
     while core.running:
         core.preempt(core.running[-1])
     core.pool.forget_names()
@@ -266,11 +281,26 @@ def fail(state: SchedulerState, plans: tuple[StepPlan, ...]) -> Committed:
     return Committed(SchedulerState(core), tuple(outputs))
 
 
-def _finish(
-    core: Core, seq: Sequence, token_ids: tuple[int, ...], reason: FinishReason
-) -> StepOutput:
+def _commit_beams(
+    core: Core, group: beams.BeamGroup, index: int, tokens: StepTokens, limits: Limits
+) -> list[StepOutput]:
+    """Take in the rows of a gang, the first of which has that index."""
+    # What a protected gang lets go of must be free, for its reserve: nobody may share it.
+    if limits.prefix_reuse and not core.is_protected(group.members[0]):
+        for seq in group.beams:
+            planning.name_full_blocks(seq, core, limits)
+    return beams.advance(core, group, index, tokens)
+
+
+def _finish(core: Core, seq: Sequence, reason: FinishReason) -> tuple[StepOutput, ...]:
+    """End a sequence early; of beams all, with news for each output that was asked for."""
+    names = (seq.request.request_id,)
+    if seq.beams is not None:
+        seq = seq.beams.members[0]
+        names = seq.request.replies
     core.remove(seq)
-    return _output(seq, token_ids, reason, ())
+    news = _output(seq, (), reason, ())
+    return tuple(news._replace(request_id=name) for name in names)
 
 
 def _output(

@@ -22,7 +22,7 @@ import numpy as np
 from engine.core import scheduler
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
-from engine.types import FinishReason, QueueFull, Request, StepPlan, StepTokens
+from engine.types import FinishReason, QueueFull, Request, StepPlan, StepTokens, TokenLogprobs
 
 FORMAT = 1
 
@@ -62,8 +62,14 @@ class Recorder:
         self._file.flush()  # once a step: a crash then leaves the step that led to it
 
     def commit(self, plan: StepPlan, tokens: StepTokens) -> None:
-        """A step's tokens were taken in."""
-        self._write({"commit": plan.step, "tokens": list(tokens.token_ids[: len(plan.rows)])})
+        """A step's tokens were taken in; beams go by the likeliest ones."""
+        event = {"commit": plan.step, "tokens": list(tokens.token_ids[: len(plan.rows)])}
+        beams = [
+            [index, logprobs.top]
+            for index, logprobs in tokens.logprobs.items()
+            if plan.rows[index].request.sampling.beam_width > 1
+        ]
+        self._write(event | {"beams": beams} if beams else event)
 
     def fail(self, plans: tuple[StepPlan, ...]) -> None:
         """These steps failed on the device."""
@@ -101,6 +107,9 @@ def plan_digest(plan: StepPlan) -> str:
     return digest.hexdigest()
 
 
+_Token = Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)]
+
+
 class _Event(msgspec.Struct, forbid_unknown_fields=True):
     """One line. Its first field, which names the kind, is what tells the kinds apart."""
 
@@ -121,7 +130,8 @@ class _Schedule(_Event):
 
 class _Commit(_Event):
     commit: int
-    tokens: tuple[Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)], ...]
+    tokens: tuple[_Token, ...]
+    beams: tuple[tuple[int, tuple[tuple[_Token, float], ...]], ...] = ()  # by row
 
 
 class _Fail(_Event):
@@ -173,11 +183,14 @@ def replay(path: str | Path, *, check: bool = False) -> Replayed:
                     plans[plan.step] = plan
                     steps += 1
                     preemptions += len(plan.preempted)
-                case _Commit(commit=step, tokens=values):
+                case _Commit(commit=step, tokens=values, beams=tops):
                     plan = _planned(plans, step)
                     if len(values) != len(plan.rows):
                         raise LogError(f"{len(values)} tokens for {len(plan.rows)} rows")
-                    state, outputs = scheduler.commit(state, plan, StepTokens(values), limits)
+                    logprobs = {row: TokenLogprobs(0, 0.0, top) for row, top in tops}
+                    state, outputs = scheduler.commit(
+                        state, plan, StepTokens(values, logprobs), limits
+                    )
                     plans = {later: plan for later, plan in plans.items() if later > step}
                     tokens += sum(len(output.token_ids) for output in outputs)
                 case _Fail(fail=failed):

@@ -133,7 +133,7 @@ class EngineLoop:
         self._num_submitted = 0  # sequences in the inbox
         self._taken: list[Request | _Abort | None] = []  # from the inbox, not dealt with yet
         self._entry = threading.Lock()  # guards it; nothing is submitted once `_closing` is set
-        self._live: dict[str, Request] = {}  # by each name of theirs
+        self._live: dict[str, Request] = {}  # by each name that news of theirs come under
         self._deadlines: list[tuple[float, str]] = []
         self._planned: StepPlan | None = None  # planned, but not launched yet
         self._recorder = Recorder(record, limits) if record else None
@@ -332,10 +332,10 @@ class EngineLoop:
         except (InvalidRequest, QueueFull) as error:
             news.append(Rejected(request.request_id, error))
             return
-        self._live.update(dict.fromkeys(request.names, request))
+        self._live.update(dict.fromkeys(request.replies, request))
         self._record(lambda recorder: recorder.admit(request))
         if request.deadline is not None:
-            for name in request.names:
+            for name in request.replies:
                 heapq.heappush(self._deadlines, (request.deadline, name))
             if len(self._deadlines) > 2 * len(self._live) + _MIN_DEADLINES:
                 # Most are of requests that ended long before: keep those that are live.
@@ -347,10 +347,11 @@ class EngineLoop:
                 heapq.heapify(self._deadlines)
 
     def _end(self, request_id: str, reason: FinishReason) -> tuple[StepOutput, ...]:
-        if self._live.pop(request_id, None) is None:
+        if request_id not in self._live:
             return ()
         self._record(lambda recorder: recorder.abort(request_id, reason))
         self._state, outputs = scheduler.abort(self._state, request_id, reason)
+        self._forget_finished(outputs)  # with one beam of a search, all end
         return outputs
 
     def _fail_everything(self) -> None:
@@ -361,7 +362,7 @@ class EngineLoop:
         while not self._inbox.empty():
             events.append(self._inbox.get())
         lost = {
-            name: event for event in events if isinstance(event, Request) for name in event.names
+            name: event for event in events if isinstance(event, Request) for name in event.replies
         }
         lost |= self._live
         self._live.clear()

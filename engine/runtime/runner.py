@@ -46,10 +46,10 @@ class Launched:
         token_ids = np.asarray(sampled.token_ids)[: len(rows)]
         logprobs: dict[int, TokenLogprobs] = {}
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
-        if any(row.request.sampling.logprobs is not None for row in rows):
+        if any(row.request.num_logprobs is not None for row in rows):
             values = jax.device_get((sampled.logprobs, sampled.top_ids, sampled.top_logprobs))
             for index, row in enumerate(rows):
-                count = row.request.sampling.logprobs
+                count = row.request.num_logprobs
                 if row.samples and count is not None:
                     token = int(token_ids[index])
                     logprobs[index] = _token_logprobs(token, index, count, *values)

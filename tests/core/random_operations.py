@@ -44,6 +44,7 @@ REQUEST: Ranges = {
     "logprobs": (0, 9),
     "prompt_logprobs": (0, 9),
     "forks": (-6, 3),  # none if it is not above 0
+    "beams": (-3, 4),  # none if it is not above 1
 }
 # How often the driver does what; an operation that isn't possible is left out.
 WEIGHTS = {
@@ -94,6 +95,15 @@ def make_request(numbers: Numbers, simulation: Simulation, serial: int) -> Reque
         logprobs=0 if numbers["logprobs"] == 0 else None,
         prompt_logprobs=0 if numbers["prompt_logprobs"] < 2 else None,
     )
+    num_forks = numbers["forks"]
+    if numbers["beams"] > 1:
+        num_forks = numbers["beams"] - 1
+        sampling = SamplingParams(
+            beam_width=numbers["beams"],
+            n=1 + numbers["logprobs"] % numbers["beams"],
+            length_penalty=(1.0, 0.0, 2.0)[numbers["prompt_logprobs"] % 3],
+            early_stopping=numbers["domain"] > 3,
+        )
     name = f"r{serial - 1 if numbers['identity'] == 2 else serial}"
     return Request(
         name,
@@ -103,7 +113,7 @@ def make_request(numbers: Numbers, simulation: Simulation, serial: int) -> Reque
         stop_ids=frozenset({numbers["stop"]}),
         domain=DOMAINS[max(0, numbers["domain"] - 2)],
         priority=max(0, numbers["priority"] - 3),
-        forks=tuple(Fork(f"{name}/{number}", number) for number in range(1, numbers["forks"] + 1)),
+        forks=tuple(Fork(f"{name}/{number}", number) for number in range(1, num_forks + 1)),
     )
 
 
@@ -142,19 +152,23 @@ def draw(rng: random.Random, ranges: Ranges) -> Numbers:
     return {name: rng.randint(*bounds) for name, bounds in ranges.items()}
 
 
-def perform_random(simulation: Simulation, rng: random.Random, num_operations: int) -> None:
+def perform_random(
+    simulation: Simulation, rng: random.Random, num_operations: int, requests: Ranges = REQUEST
+) -> None:
     """That many operations, less those that were not possible, and then until idle."""
     names, weights = list(WEIGHTS), list(WEIGHTS.values())
     for serial in range(num_operations):
         (operation,) = rng.choices(names, weights)
         if operation in possible(simulation):
-            perform(simulation, operation, draw(rng, REQUEST), serial)
+            perform(simulation, operation, draw(rng, requests), serial)
     simulation.drain()
 
 
-def run_random(seed: int, num_operations: int) -> Counter[str]:
+def run_random(
+    seed: int, num_operations: int, limits: Ranges = LIMITS, requests: Ranges = REQUEST
+) -> Counter[str]:
     """Random limits, then random operations. Returns what happened."""
     rng = random.Random(seed)
-    simulation = make_simulation(draw(rng, LIMITS))
-    perform_random(simulation, rng, num_operations)
+    simulation = make_simulation(draw(rng, limits))
+    perform_random(simulation, rng, num_operations, requests)
     return simulation.counts
