@@ -13,7 +13,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 Tokens = tuple[int, ...]
-Model = Callable[[Tokens], Sequence[float]]  # log-probabilities of the token after these
+Model = Callable[
+    [Tokens], Sequence[float] | np.ndarray
+]  # log-probabilities of the token after these
 FAR_DOWN = 1e9
 
 

@@ -59,10 +59,12 @@ class History:
 
     def path(self) -> list[History]:
         """The histories from one token on to this one."""
-        nodes = [self]
-        while nodes[-1].parent is not None:
-            nodes.append(nodes[-1].parent)
-        return nodes[-2::-1]
+        nodes: list[History] = []
+        node: History = self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
 
     def block(self, block_size: int) -> list[History]:
         """What the block that ends here holds, position by position."""

@@ -44,7 +44,7 @@ REQUEST: Ranges = {
     "logprobs": (0, 9),
     "prompt_logprobs": (0, 9),
     "forks": (-6, 3),  # none if it is not above 0
-    "beams": (-3, 4),  # none if it is not above 1
+    "beams": (-9, 3),  # none if it is not above 1
 }
 # How often the driver does what; an operation that isn't possible is left out.
 WEIGHTS = {

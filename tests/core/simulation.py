@@ -139,11 +139,11 @@ class Simulation:
             assert outputs == ()
         else:
             record = self._remove(request_id)
-            if record.gang is None:
+            if (gang := record.gang) is None:
                 assert outputs == (self._output(record, (), reason),)
             else:
-                record = record.gang.first
-                assert outputs == tuple(record.gang.outputs(reason))
+                record = gang.first
+                assert outputs == tuple(gang.outputs(reason))
             if self.recorder:
                 self.recorder.abort(request_id, reason)
             self.aborted.append(record.request)

@@ -22,8 +22,9 @@ from engine.types import (
     StepTokens,
     TokenLogprobs,
 )
+from tests.core import mutants
 from tests.core.beam_oracle import Found, Search, Tokens
-from tests.core.driver import Driver, make_limits, make_request, rows_of
+from tests.core.driver import Driver, make_limits, make_request, row_of, rows_of
 from tests.core.random_operations import LIMITS, REQUEST, run_random
 
 VOCABULARY = 12
@@ -236,6 +237,26 @@ def test_a_gang_that_was_preempted_as_often_as_allowed_keeps_every_block_it_can_
     assert_same(driver.found(request), expected(request))
 
 
+def test_nobody_shares_what_a_protected_gang_makes_and_a_failure_takes_its_reserve() -> None:
+    """What its losers let go of must be free for the others, whatever follows upon them."""
+    driver = Searching(num_blocks=40, block_size=1, max_num_seqs=8, max_preemptions=1)
+    request = beams("a", 4, 3, max_tokens=10)
+    driver.admit(request)
+    for name in request.names:
+        driver.state._peek().sequences[name].num_preemptions = 1
+    for _ in range(5):
+        driver.take_in(driver.schedule())
+    beam = driver.state._peek().sequences["a.1"]
+    driver.admit(make_request("b", tuple(beam.token_ids), max_tokens=2))
+    plan = driver.schedule()
+    assert row_of(plan, "b").start == 4
+    only_b = dataclasses.replace(plan, rows=plan.rows[3:])
+    assert driver.fail(only_b)[0].request_id == "b"
+    assert driver.state.pool.owned == 0
+    driver.search()
+    assert_same(driver.found(request), expected(request))
+
+
 def test_beams_that_could_never_run_are_refused_by_the_name_of_their_field() -> None:
     with pytest.raises(InvalidRequest, match=r"beam_width: 5 beams .* at most 4 sequences"):
         Driver().admit(beams("a", 4, 5))
@@ -305,7 +326,7 @@ def test_a_copy_of_the_state_goes_on_by_itself() -> None:
     assert_same(driver.found(request), expected(request))
 
 
-def test_many_searches_in_small_pools_break_nothing() -> None:
+def simulate() -> Counter[str]:
     """The simulation with its checks, on requests most of which are searches."""
     limits = {
         **LIMITS,
@@ -329,6 +350,18 @@ def test_many_searches_in_small_pools_break_nothing() -> None:
             counts += run_random(seed, 250, limits, requests)
         except Exception as error:
             raise AssertionError(f"run_random({seed}, …) failed") from error
+    return counts
+
+
+def test_many_searches_in_small_pools_break_nothing() -> None:
+    counts = simulate()
     assert counts["gangs preempted"] >= NUM_RUNS // 2
     assert counts["beams dropped"]
     assert counts["beam steps"] >= 10 * NUM_RUNS
+
+
+@pytest.mark.parametrize("name", mutants.BEAM_MUTANTS)
+def test_every_mutant_of_beam_search_is_caught(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    mutants.BEAM_MUTANTS[name](monkeypatch)
+    with pytest.raises(AssertionError, match="run_random"):
+        simulate()
