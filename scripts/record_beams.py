@@ -6,11 +6,14 @@ Needs transformers 5.19.0 and torch 2.13.0, which are no part of this project's 
 
 from __future__ import annotations
 
+import importlib
 import itertools
 import json
 import sys
 from pathlib import Path
 from typing import Any
+
+from safetensors.numpy import load_file
 
 MODELS = ("llama", "qwen3")
 WIDTHS = (2, 4, 7)
@@ -20,14 +23,13 @@ MAX_TOKENS = 10
 
 def main(folder: Path, output: Path) -> None:
     """Search with each combination, and write the outputs that were found with their scores."""
-    import torch
-    import transformers
-    from safetensors.torch import load_file
-
+    torch: Any = importlib.import_module("torch")
+    transformers: Any = importlib.import_module("transformers")
     torch.set_num_threads(1)  # the models are too small for more
     cases = []
     for name in MODELS:
-        prompt = load_file(folder / name / "reference.safetensors")["greedy_prompt"].tolist()
+        reference = load_file(folder / name / "reference.safetensors")
+        prompt = reference["greedy_prompt"].tolist()
         searches = []
         for dtype in (torch.float32, torch.float64):
             model = transformers.AutoModelForCausalLM.from_pretrained(
@@ -80,8 +82,7 @@ def generate(
     early_stopping: bool,
 ) -> list[dict[str, Any]]:
     """All outputs of one search, best first, each up to and with the token that ended it."""
-    import torch
-
+    torch: Any = importlib.import_module("torch")
     config = model.generation_config
     config.eos_token_id = stop_ids or None
     config.pad_token_id = None if not stop_ids else stop_ids[0]

@@ -83,9 +83,17 @@ def _schedule_decodes(core: Core, rows: list[PlanRow], copies: list[BlockCopy]) 
         index += 1
         if seq.num_uncomputed != 1 or seq.num_total >= seq.max_total:
             continue
-        if seq.beams is not None and seq.num_pending:
+        group = seq.beams
+        if group is not None and seq.num_pending:
             continue  # which beams go on is not known yet
-        while (needed := _num_needed(seq, core)) and not _has_blocks(seq, core, needed):
+        while needed := (
+            _needs_block(seq, core) if group is None else beams.num_needed(seq, block_size)
+        ):
+            if needed <= core.pool.num_available + (0 if group is None else len(group.reserve)):
+                for one in (seq,) if group is None else group.members:
+                    if _needs_block(one, core):
+                        _give_block(one, core, copies)
+                break
             # The lowest rank that may be is given up. Those after this one have no row yet; and
             # if there are none, it goes itself: the higher ranks keep what they have.
             victim = next(
@@ -97,23 +105,8 @@ def _schedule_decodes(core: Core, rows: list[PlanRow], copies: list[BlockCopy]) 
         if seq.slot == NO_SLOT:
             index -= 1  # the next one has moved up
             continue
-        if needed:
-            for one in (seq,) if seq.beams is None else seq.beams.members:
-                if _needs_block(one, core):
-                    _give_block(one, core, copies)
         rows.append(_advance(seq, 1, block_size))
     return preempted
-
-
-def _num_needed(seq: Sequence, core: Core) -> int:
-    """Blocks that must be there before the sequence may advance."""
-    return _needs_block(seq, core) if seq.beams is None else beams.num_needed(seq, core.block_size)
-
-
-def _has_blocks(seq: Sequence, core: Core, count: int) -> bool:
-    """Whether the sequence can be given so many."""
-    kept = 0 if seq.beams is None else len(seq.beams.reserve)
-    return count <= kept + core.pool.num_available
 
 
 def _needs_block(seq: Sequence, core: Core) -> bool:
@@ -206,7 +199,7 @@ def _part(core: Core, rows: list[PlanRow]) -> None:
     """Let the forks of each prompt that this step ends sample from its last logits too."""
     for seq in [seq for seq in core.running if seq.forks and seq.num_total > seq.num_prompt]:
         if seq.beams is not None:
-            continue  # they part when it is known with which tokens
+            continue  # they part at a commit, when it is known with which tokens
         source = next(index for index, row in enumerate(rows) if row.request is seq.request)
         for fork in core.part(seq):
             rows.append(_advance(fork, 0, core.block_size)._replace(logits_of=source))

@@ -522,13 +522,7 @@ def a_state_can_be_used_twice(patch: Patch) -> None:
 
 @beam_mutant
 def beams_advance_before_their_tokens_are_known(patch: Patch) -> None:
-    rewrite(
-        patch,
-        planning,
-        "_schedule_decodes",
-        "if seq.beams is not None and seq.num",
-        "if 0 and seq.num",
-    )
+    rewrite(patch, planning, "_schedule_decodes", "group is not None and seq", "False and seq")
 
 
 @beam_mutant
@@ -595,7 +589,7 @@ def the_reserve_is_never_used(patch: Patch) -> None:
 
 @beam_mutant
 def the_reserve_does_not_count(patch: Patch) -> None:
-    rewrite(patch, planning, "_has_blocks", "count <= kept +", "count <= 0 * kept +")
+    rewrite(patch, planning, "_schedule_decodes", "len(group.reserve)", "0")
 
 
 @beam_mutant

@@ -44,7 +44,23 @@ REQUEST: Ranges = {
     "logprobs": (0, 9),
     "prompt_logprobs": (0, 9),
     "forks": (-6, 3),  # none if it is not above 0
-    "beams": (-9, 3),  # none if it is not above 1
+}
+# Small pools, and requests of which most are searches.
+SEARCH_LIMITS: Ranges = {
+    **LIMITS,
+    "block_size": (1, 3),
+    "spare_blocks": (0, 8),
+    "max_num_seqs": (4, 8),
+    "max_model_len": (14, 24),
+    "max_waiting": (8, 16),
+}
+SEARCH_REQUEST: Ranges = {
+    **REQUEST,
+    "beams": (0, 4),  # none if it is not above 1
+    "shared": (0, 6),
+    "own": (0, 3),
+    "max_tokens": (4, 16),
+    "follow_up": (0, 30),
 }
 # How often the driver does what; an operation that isn't possible is left out.
 WEIGHTS = {
@@ -96,11 +112,12 @@ def make_request(numbers: Numbers, simulation: Simulation, serial: int) -> Reque
         prompt_logprobs=0 if numbers["prompt_logprobs"] < 2 else None,
     )
     num_forks = numbers["forks"]
-    if numbers["beams"] > 1:
-        num_forks = numbers["beams"] - 1
+    width = numbers.get("beams", 0)
+    if width > 1:
+        num_forks = width - 1
         sampling = SamplingParams(
-            beam_width=numbers["beams"],
-            n=1 + numbers["logprobs"] % numbers["beams"],
+            beam_width=width,
+            n=1 + numbers["logprobs"] % width,
             length_penalty=(1.0, 0.0, 2.0)[numbers["prompt_logprobs"] % 3],
             early_stopping=numbers["domain"] > 3,
         )

@@ -25,7 +25,7 @@ from engine.types import (
 from tests.core import mutants
 from tests.core.beam_oracle import Found, Search, Tokens
 from tests.core.driver import Driver, make_limits, make_request, row_of, rows_of
-from tests.core.random_operations import LIMITS, REQUEST, run_random
+from tests.core.random_operations import SEARCH_LIMITS, SEARCH_REQUEST, run_random
 
 VOCABULARY = 12
 NUM_RUNS = 40  # of the simulation
@@ -328,26 +328,10 @@ def test_a_copy_of_the_state_goes_on_by_itself() -> None:
 
 def simulate() -> Counter[str]:
     """The simulation with its checks, on requests most of which are searches."""
-    limits = {
-        **LIMITS,
-        "block_size": (1, 3),
-        "spare_blocks": (0, 8),
-        "max_num_seqs": (4, 8),
-        "max_model_len": (14, 24),
-        "max_waiting": (8, 16),
-    }
-    requests = {
-        **REQUEST,
-        "beams": (0, 4),
-        "shared": (0, 6),
-        "own": (0, 3),
-        "max_tokens": (4, 16),
-        "follow_up": (0, 30),
-    }
     counts: Counter[str] = Counter()
     for seed in range(NUM_RUNS):
         try:
-            counts += run_random(seed, 250, limits, requests)
+            counts += run_random(seed, 250, SEARCH_LIMITS, SEARCH_REQUEST)
         except Exception as error:
             raise AssertionError(f"run_random({seed}, …) failed") from error
     return counts

@@ -16,18 +16,26 @@ from engine.runtime.event_log import MAX_BLOCKS, LogError, Recorder, replay
 from engine.sampling import SamplingParams
 from engine.types import Domain, FinishReason
 from tests.core.driver import make_limits, make_request
-from tests.core.random_operations import LIMITS, draw, perform_random
+from tests.core.random_operations import (
+    LIMITS,
+    REQUEST,
+    SEARCH_LIMITS,
+    SEARCH_REQUEST,
+    draw,
+    perform_random,
+)
 from tests.core.random_operations import make_limits as random_limits
 from tests.core.simulation import Simulation
 
 
 def record_random(path: Path, seed: int, num_operations: int = 300) -> Simulation:
-    """Record a random simulation."""
+    """Record a random simulation; of odd seeds, most requests are beam searches."""
     rng = random.Random(seed)
-    limits = random_limits(draw(rng, LIMITS))
+    searches = seed % 2
+    limits = random_limits(draw(rng, SEARCH_LIMITS if searches else LIMITS))
     recorder = Recorder(path, limits)
     simulation = Simulation(limits, rng.randint(1, 3), recorder)
-    perform_random(simulation, rng, num_operations)
+    perform_random(simulation, rng, num_operations, SEARCH_REQUEST if searches else REQUEST)
     recorder.close()
     return simulation
 
