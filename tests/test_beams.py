@@ -233,16 +233,18 @@ TAKEN: dict[str, Any] = {
 
 @pytest.mark.parametrize("field", REFUSED)
 def test_what_does_not_go_with_beams_is_refused_by_its_name(field: str) -> None:
+    fields: dict[str, Any] = {"beam_width": 4, field: REFUSED[field]}
     with pytest.raises(InvalidRequest) as caught:
-        SamplingParams(**{"beam_width": 4, field: REFUSED[field]})
+        SamplingParams(**fields)
     assert caught.value.field == field
     assert len(caught.value.message) > 10
 
 
 def test_every_other_field_goes_with_beams() -> None:
-    fields = {field.name for field in dataclasses.fields(SamplingParams)}
-    assert fields == REFUSED.keys() | TAKEN.keys()
-    assert SamplingParams(**{"beam_width": 4, **TAKEN}).is_greedy
+    names = {field.name for field in dataclasses.fields(SamplingParams)}
+    assert names == REFUSED.keys() | TAKEN.keys()
+    fields: dict[str, Any] = {"beam_width": 4, **TAKEN}
+    assert SamplingParams(**fields).is_greedy
 
 
 @pytest.mark.parametrize("fields", [{"length_penalty": 2.0}, {"early_stopping": True}])
