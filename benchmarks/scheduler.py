@@ -27,6 +27,7 @@ from engine.bench import machine
 from engine.bench.report import BUSY_CORES
 from engine.config import BucketConfig, SchedulerConfig
 from engine.core import batching, scheduler
+from engine.core.buckets import bucket_set
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
 from engine.runtime.recorder import Recorder
@@ -232,7 +233,7 @@ def _steps(
 
     A step is committed after the next one is scheduled and built, as in the step loop.
     """
-    buckets = batching.bucket_set(
+    buckets = bucket_set(
         BucketConfig(),
         SchedulerConfig(max_num_seqs=limits.max_num_seqs, max_step_tokens=limits.max_step_tokens),
         limits.max_model_len // limits.block_size,

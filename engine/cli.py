@@ -114,8 +114,9 @@ def generate(
     A line in is JSON with `prompt`, `prompt_ids` or `messages`, and any sampling field, such as
     {"prompt": "Hello", "temperature": 0, "max_tokens": 16}; unset, the temperature is 1. A line
     out has `index`, `text`, `token_ids`, `finish_reason`, `prompt_tokens`, `cached_tokens`,
-    log-probabilities if asked for, and with `n` above 1 the further samples as `others`; a line
-    that failed has `index` and `error`.
+    log-probabilities if asked for, and with `n` above 1 the further samples as `others`; with
+    `beam_width` above 1 also `beam`, its `logprob` and the `score` they are ordered by. A line that
+    failed has `index` and `error`.
 
     Args:
       config: a YAML file; see configs/.

@@ -19,7 +19,7 @@ from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.rpc.octavo.v1 import generation_pb2_grpc
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.serve import convert
-from engine.types import FinishReason, TokenLogprobs
+from engine.types import BeamScore, FinishReason, TokenLogprobs
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -68,6 +68,7 @@ class Delta:
       waited_seconds: on its last delta, how long it was in the queue.
       waited_for: on its last delta, what held the head of the queue back meanwhile, the longest
         first; see `GenerateResponse.waited_for` in the proto.
+      beam: how likely the answer is, if beam search found it; index 0 is the best.
     """
 
     request_id: str
@@ -83,6 +84,7 @@ class Delta:
     completion_tokens: int
     waited_seconds: float | None = None
     waited_for: tuple[str, ...] = ()
+    beam: BeamScore | None = None
 
 
 class AsyncClient:
@@ -280,6 +282,7 @@ def _delta(response: pb.GenerateResponse) -> Delta:
         completion_tokens=response.usage.completion_tokens,
         waited_seconds=response.waited_seconds if response.HasField("waited_seconds") else None,
         waited_for=tuple(response.waited_for),
+        beam=convert.beam_from_proto(response),
     )
 
 

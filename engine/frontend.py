@@ -351,7 +351,7 @@ class Engine:
                     raise
                 return
         num_prompt = len(request.prompt_ids)
-        for index, name in enumerate(request.names):
+        for index, name in enumerate(request.replies):
             stream.put(index, StepOutput(name, (), FinishReason.ABORT, num_prompt, 0))
 
     def _deliver(self, news: News) -> None:

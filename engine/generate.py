@@ -173,6 +173,8 @@ def _sample(result: Completion) -> dict[str, Any]:
         "token_ids": result.token_ids,
         "finish_reason": result.finish_reason.value,
     }
+    if result.beam is not None:
+        line["beam"] = result.beam._asdict()
     for name in ("logprobs", "prompt_logprobs"):
         if entries := getattr(result, name):
             line[name] = [entry._asdict() for entry in entries]

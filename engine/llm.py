@@ -20,7 +20,7 @@ from engine.frontend import Engine, ModelInfo, Prompt
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.streams import Delta, Usage
 from engine.text import Message
-from engine.types import FinishReason, QueueFull, TokenLogprobs, Waited
+from engine.types import BeamScore, FinishReason, QueueFull, TokenLogprobs, Waited
 
 AnyPrompt = str | Sequence[int] | Sequence[dict[str, str]] | Sequence[Message]
 
@@ -29,7 +29,8 @@ AnyPrompt = str | Sequence[int] | Sequence[dict[str, str]] | Sequence[Message]
 class Completion:
     """One finished generation; the fields are those of `engine.streams.Delta`, put together.
 
-    `others` are the further samples of the prompt, in order, if `sampling.n` is above 1.
+    `others` are the further samples of the prompt, in order, if `sampling.n` is above 1. Of beam
+    search, that is best first.
     """
 
     text: str
@@ -41,6 +42,7 @@ class Completion:
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     waited: Waited | None = None
     others: tuple[Completion, ...] = ()
+    beam: BeamScore | None = None
 
 
 class LLM:
@@ -217,6 +219,7 @@ def _completion(deltas: list[Delta]) -> Completion:
         logprobs=tuple(entry for delta in deltas for entry in delta.logprobs),
         prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
         waited=last.waited,
+        beam=last.beam,
     )
 
 

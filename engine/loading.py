@@ -19,7 +19,7 @@ import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
 
 from engine.config import Architecture, Backend, Config, ConfigError, resolve_source
-from engine.core.batching import bucket_set
+from engine.core.buckets import bucket_set
 from engine.core.limits import Limits
 from engine.memory_plan import config_blocks, host_blocks, kv_copies
 from engine.model.attention import Attention, Resolved, Shape, check_supported, resolve_backend

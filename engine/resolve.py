@@ -14,7 +14,7 @@ from typing import TypeGuard, cast
 
 from engine.config import CacheConfig
 from engine.core.limits import Limits
-from engine.sampling import InvalidRequest, SamplingParams
+from engine.sampling import MAX_LOGPROBS, InvalidRequest, SamplingParams
 from engine.text import Message, Tokenizer, bad_word_ids
 from engine.types import Domain, Fork, Request
 
@@ -47,7 +47,7 @@ class Resolver:
     ) -> Request:
         """Turn what the client gave into what the scheduler takes. Any thread may call it.
 
-        Sample i above 0 is named `request_id` with a dot and i.
+        Sample (or beam) i above 0 is named `request_id` with a dot and i.
 
         Raises:
           InvalidRequest: it can't be served as given.
@@ -69,6 +69,10 @@ class Resolver:
         stop_ids = set(sampling.stop_token_ids)
         if not sampling.ignore_eos:
             stop_ids.update(self.eos_token_ids)
+        num_forks = sampling.n - 1
+        if sampling.beam_width > 1:
+            self._check_beams(sampling.beam_width, len(stop_ids))
+            num_forks = sampling.beam_width - 1
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
         room = self.limits.max_model_len - len(prompt_ids)
         return Request(
@@ -85,9 +89,19 @@ class Resolver:
             cache_ttl=self.cache.milliseconds_to_live(domain.tenant),
             forks=tuple(
                 Fork(f"{request_id}.{index}", (seed + index) % 2**64)
-                for index in range(1, sampling.n)
+                for index in range(1, num_forks + 1)
             ),
         )
+
+    def _check_beams(self, width: int, num_stops: int) -> None:
+        """Each beam must be able to go on with any of `width` tokens that don't end it."""
+        most = min(MAX_LOGPROBS, self.vocab_size)
+        if width + num_stops > most:
+            raise InvalidRequest(
+                "beam_width",
+                f"{width} beams and {num_stops} tokens that end them are more than the {most} "
+                "likeliest tokens that are looked at; lower beam_width, or set ignore_eos",
+            )
 
     def _prompt_ids(self, prompt: Prompt) -> tuple[int, ...]:
         """Token ids of a prompt, as many as the model takes."""

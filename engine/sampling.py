@@ -31,6 +31,15 @@ MAX_BAD_WORD_TOKENS = 8
 MAX_LOGIT_BIAS = 1024
 
 
+_NOT_WITH_BEAMS = frozenset(
+    (
+        *("min_tokens", "top_k", "top_p", "min_p", "seed", "stop", "bad_words", "logit_bias"),
+        *("repetition_penalty", "presence_penalty", "frequency_penalty", "allowed_token_ids"),
+        *("logprobs", "prompt_logprobs"),
+    )
+)
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class SamplingParams:
     """How the next token is chosen. Every field is validated on construction.
@@ -58,7 +67,15 @@ class SamplingParams:
       prompt_logprobs: the same for each prompt token.
       skip_special_tokens: leave tokens such as <|im_end|> out of the text.
       n: independent sequences from the prompt, which share its cache (1 to MAX_SAMPLES). The
-        i-th draws with seed + i.
+        i-th draws with seed + i. With beams: how many of them are returned, best first.
+      beam_width: continuations that are followed at once, to find likely whole outputs; 1 is off.
+        No more than MAX_LOGPROBS together with the tokens that end the generation.
+      length_penalty: an output's score is its log-probability over its length to this power.
+      early_stopping: the search ends with the first beam_width outputs. Without, it goes on while
+        the best beam's score, were it to end now, is above the worst of those.
+
+    Beam search takes the same choices as transformers' (`num_beams`), and no field that changes
+    probabilities, draws, or reads the text.
     """
 
     max_tokens: int | None = None
@@ -81,6 +98,9 @@ class SamplingParams:
     prompt_logprobs: int | None = None
     skip_special_tokens: bool = True
     n: int = 1
+    beam_width: int = 1
+    length_penalty: float = 1.0
+    early_stopping: bool = False
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -98,7 +118,7 @@ class SamplingParams:
                 raise InvalidRequest(
                     "min_tokens", f"{self.min_tokens} is above max_tokens ({self.max_tokens})"
                 )
-        for field in ("ignore_eos", "skip_special_tokens"):
+        for field in ("ignore_eos", "skip_special_tokens", "early_stopping"):
             if not isinstance(value := getattr(self, field), bool):
                 raise InvalidRequest(field, f"{value!r:.80} is neither true nor false")
         if self.seed is not None:
@@ -134,11 +154,37 @@ class SamplingParams:
             raise InvalidRequest(
                 "allowed_token_ids", "is empty, so no token could be chosen; leave it out"
             )
+        _check_int("beam_width", self.beam_width, 1, MAX_LOGPROBS)
+        _check_range("length_penalty", self.length_penalty, -10.0, 10.0)
+        if self.beam_width > 1:
+            self._check_beams()
+        elif self.length_penalty != 1.0 or self.early_stopping:
+            field = "early_stopping" if self.early_stopping else "length_penalty"
+            raise InvalidRequest(field, "is for beam search; set beam_width above 1")
+
+    def _check_beams(self) -> None:
+        """Refuse what has no meaning for a search, or none that is agreed on."""
+        if self.n > self.beam_width:
+            raise InvalidRequest(
+                "n",
+                f"{self.n} is above beam_width ({self.beam_width}); that many outputs are found",
+            )
+        if self.temperature not in (0.0, 1.0):
+            raise InvalidRequest(
+                "temperature",
+                f"{self.temperature!r} would change the probabilities that beam search goes by; "
+                "leave it out, or set beam_width to 1",
+            )
+        for field in dataclasses.fields(self):
+            if field.name in _NOT_WITH_BEAMS and getattr(self, field.name) != field.default:
+                raise InvalidRequest(
+                    field.name, "does not go with beam search; leave it out, or set beam_width to 1"
+                )
 
     @property
     def is_greedy(self) -> bool:
-        """Whether the most likely token is always taken (temperature 0)."""
-        return self.temperature == 0.0
+        """Whether nothing is drawn (temperature 0, or beam search)."""
+        return self.temperature == 0.0 or self.beam_width > 1
 
     @property
     def edits_logits(self) -> bool:

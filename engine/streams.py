@@ -10,7 +10,7 @@ import dataclasses
 
 from engine.runtime.loop import Rejected
 from engine.text import Detokenizer, StopChecker, Tokenizer
-from engine.types import FinishReason, Request, StepOutput, TokenLogprobs, Waited
+from engine.types import BeamScore, FinishReason, Request, StepOutput, TokenLogprobs, Waited
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -39,6 +39,7 @@ class Delta:
       usage: counts so far.
       waited: its time in the queue so far, from the first token on; None if the request never
         reached the queue.
+      beam: of an output of beam search, which comes whole, in one delta.
     """
 
     index: int
@@ -50,6 +51,7 @@ class Delta:
     stop_reason: str | int | None
     usage: Usage
     waited: Waited | None = None
+    beam: BeamScore | None = None
 
 
 class Stream:
@@ -94,7 +96,7 @@ class Stream:
     def start(self, request: Request, tokenizer: Tokenizer) -> None:
         """Get ready for the request's tokens."""
         self.live = {
-            index: _Sample(index, request, tokenizer) for index in range(len(request.names))
+            index: _Sample(index, request, tokenizer) for index in range(len(request.replies))
         }
 
     def put(self, index: int, item: StepOutput | Rejected) -> None:
@@ -171,4 +173,5 @@ class _Sample:
             stop_reason,
             Usage(last.num_prompt_tokens, last.num_cached_tokens, self._num_tokens),
             self._waited,
+            last.beam,
         )

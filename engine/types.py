@@ -98,7 +98,8 @@ class Request:
       deadline: time.monotonic() seconds at which the loop aborts it, or None. The scheduler
         has no clock and doesn't read it.
       forks: further sequences that part from this one where the prompt ends, and share its
-        blocks. They don't ask for the prompt's log-probabilities, which are this one's.
+        blocks. They don't ask for the prompt's log-probabilities, which are this one's. With
+        beams, there are beam_width - 1.
       sampler_row: follows from the rest; None if an argmax is all it takes.
     """
 
@@ -123,12 +124,12 @@ class Request:
         if (
             sampling.is_greedy
             and not sampling.edits_logits
-            and sampling.logprobs is None
+            and self.num_logprobs is None
             and sampling.prompt_logprobs is None
         ):
             return
         row = SamplerRow(
-            temperature=sampling.temperature,
+            temperature=0.0 if sampling.is_greedy else sampling.temperature,
             top_k=sampling.top_k,
             top_p=sampling.top_p,
             min_p=sampling.min_p,
@@ -137,7 +138,7 @@ class Request:
             frequency_penalty=sampling.frequency_penalty,
             edits=sampling.edits_logits,
             min_tokens=sampling.min_tokens,
-            wants_logprobs=sampling.logprobs is not None,
+            wants_logprobs=self.num_logprobs is not None,
             seed_low=self.seed & 0xFFFFFFFF,
             seed_high=self.seed >> 32,
         )
@@ -147,6 +148,22 @@ class Request:
     def names(self) -> tuple[str, ...]:
         """The ids of all its sequences, its own first."""
         return (self.request_id, *(fork.request_id for fork in self.forks))
+
+    @property
+    def replies(self) -> tuple[str, ...]:
+        """The ids that news come under: each sequence's, or of beams one for each that is asked
+        for."""
+        sampling = self.sampling
+        return self.names[: sampling.n] if sampling.beam_width > 1 else self.names
+
+    @property
+    def num_logprobs(self) -> int | None:
+        """How many of the likeliest tokens the host gets with each choice; None for no
+        log-probabilities at all. A beam goes on with any of beam_width that don't end it."""
+        sampling = self.sampling
+        if sampling.beam_width > 1:
+            return sampling.beam_width + len(self.stop_ids)
+        return sampling.logprobs
 
     def fork(self, fork: Fork) -> Request:
         """One of `forks` as a request of its own."""
@@ -198,7 +215,8 @@ class PlanRow(NamedTuple):
       samples: whether the last position's logits choose a token.
       output_position: how many tokens were generated before the one sampled here.
       history: None, or the token ids generated so far: the slot is new to the sequence
-        (admitted, or resumed after a preemption) and its device state must be set.
+        (admitted, or resumed after a preemption) and its device state must be set. No beam's
+        slot is set again: it needs none, as its tokens are always given.
       logits_of: None, or the index of the row in whose last position's logits it samples.
     """
 
@@ -299,12 +317,20 @@ class Waited(NamedTuple):
     held: dict[str, Held]
 
 
+class BeamScore(NamedTuple):
+    """How likely an output of beam search is: its log-probability, and that for its length."""
+
+    logprob: float
+    score: float
+
+
 class StepOutput(NamedTuple):
     """News of one request after a step.
 
     Attributes:
       request_id: whose.
-      token_ids: tokens generated since the last output (none or one).
+      token_ids: tokens generated since the last output (none or one); all of them, if beam
+        search found them.
       finish_reason: None while it goes on.
       num_prompt_tokens, num_cached_tokens: how many prompt tokens there are, and how many of
         them came from the cache when the request first ran.
@@ -312,6 +338,7 @@ class StepOutput(NamedTuple):
       prompt_logprobs: with the first token, if asked for: one a prompt token after the first.
       waited: its time in the queue so far, where that is news; from the step loop, which has a
         clock.
+      beam: of an output of beam search.
     """
 
     request_id: str
@@ -322,3 +349,4 @@ class StepOutput(NamedTuple):
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     waited: Waited | None = None
+    beam: BeamScore | None = None

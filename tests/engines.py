@@ -27,6 +27,7 @@ from engine.config import (
 )
 from engine.core import batching, scheduler
 from engine.core.batching import Batch
+from engine.core.buckets import bucket_set
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
 from engine.memory_plan import kv_copies
@@ -35,7 +36,7 @@ from engine.model.decoder import Decoder, abstract_decoder
 from engine.runtime.mesh import make_mesh, weight_shardings
 from engine.runtime.runner import Launched, Runner, RunnerShape
 from engine.sampling import SamplingParams
-from engine.types import FinishReason, Request, StepOutput, StepPlan, TokenLogprobs
+from engine.types import BeamScore, FinishReason, Request, StepOutput, StepPlan, TokenLogprobs
 from engine.weights import Checkpoint, load_params, open_checkpoint, with_kv_copies
 from engine.weights.kv_scales import read_scales
 
@@ -52,6 +53,7 @@ class Result:
     num_cached_tokens: int = 0
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    beam: BeamScore | None = None
 
     def add(self, output: StepOutput) -> None:
         """Take in one step's news."""
@@ -61,6 +63,7 @@ class Result:
         self.num_cached_tokens = output.num_cached_tokens
         self.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
+        self.beam = output.beam
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +94,7 @@ class SmallEngine:
         """
         limits = limits or self.limits
         assert limits.num_blocks <= self.runner.shape.num_blocks
-        results = {name: Result() for request in requests for name in request.names}
+        results = {name: Result() for request in requests for name in request.replies}
         state = SchedulerState.initial(limits)
         for request in requests:
             state = scheduler.admit(state, limits, request)
@@ -168,7 +171,7 @@ def small_engine(
         block_size=block_size,
         max_num_seqs=config.max_num_seqs,
         cache_dtype=jnp.dtype(cache_dtype or dtype),
-        buckets=batching.bucket_set(buckets, config, -(-max_model_len // block_size)),
+        buckets=bucket_set(buckets, config, -(-max_model_len // block_size)),
         host_blocks=host_blocks,
     )
     weights = load_params(checkpoint, weight_shardings(model, mesh), kv_copies=copies)

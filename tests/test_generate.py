@@ -210,11 +210,13 @@ def test_every_sampling_field_is_read() -> None:
         "skip_special_tokens": False,
         "n": 3,
     }
-    assert fields.keys() == set(SamplingParams.__dataclass_fields__)
-    sampling = parse_line(line(prompt="x", **fields), 1, 0).sampling
-    for name, value in fields.items():
-        found = getattr(sampling, name)
-        assert json.loads(json.dumps(found)) == value != getattr(SamplingParams(), name), name
+    beams = {"beam_width": 4, "length_penalty": 0.5, "early_stopping": True}
+    assert fields.keys() | beams.keys() == set(SamplingParams.__dataclass_fields__)
+    for given in (fields, beams):
+        sampling = parse_line(line(prompt="x", **given), 1, 0).sampling
+        for name, value in given.items():
+            found = getattr(sampling, name)
+            assert json.loads(json.dumps(found)) == value != getattr(SamplingParams(), name), name
 
 
 def test_a_dash_is_standard_input(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -18,7 +18,7 @@ from benchmarks.attention.timing import Ceilings, Timing, available_bytes, measu
 from engine import config_file, memory_plan
 from engine.config import Architecture, MeshConfig
 from engine.core import batching
-from engine.core.batching import Bucket
+from engine.core.buckets import Bucket
 from engine.model.attention import Attention, Shape, check_supported, resolve_backend
 from engine.model.decoder import abstract_decoder
 from engine.runtime.mesh import make_mesh, weight_shardings

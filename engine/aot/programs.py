@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from engine.aot import hlo
 from engine.aot.topologies import AotError, first_lines, generation
 from engine.config import Architecture, Backend, Config, ConfigError, resolve_source
-from engine.core.batching import Bucket
+from engine.core.buckets import Bucket
 from engine.loading import check_attention, make_limits, runner_shape
 from engine.memory_plan import kv_copies
 from engine.model.attention import Attention, resolve_backend

@@ -9,6 +9,7 @@ import bisect
 import heapq
 from typing import Literal
 
+from engine.core.beams import BeamGroup, most_blocks
 from engine.core.block_pool import BlockPool
 from engine.core.contiguous import ContiguousPool
 from engine.core.forecast import OutputLengths
@@ -94,6 +95,8 @@ class Core:
         seq.forks = [self._new(request.fork(fork), max_total) for fork in request.forks]
         for fork in seq.forks:
             fork.parent = seq
+        if request.sampling.beam_width > 1:
+            BeamGroup([seq, *seq.forks])
         self.waiting.add(seq)
 
     def _new(self, request: Request, max_total: int) -> Sequence:
@@ -113,7 +116,11 @@ class Core:
         self.waiting.remove(seq)
         self.pool.share(shared)
         fresh = self.pool.allocate(needed - len(shared))
-        seq.start(heapq.heappop(self.free_slots), [*shared, *fresh], capacity)
+        blocks = [*shared, *fresh]
+        if seq.beams is not None:
+            num_known = self.blocks_for(len(seq.token_ids))
+            blocks, seq.beams.reserve = blocks[:num_known], blocks[num_known:]
+        seq.start(heapq.heappop(self.free_slots), blocks, capacity)
         seq.num_blocks_named = len(shared)
         seq.set_cached((len(shared) + num_restored) * self.block_size)
         bisect.insort(self.running, seq, key=_rank)
@@ -121,14 +128,9 @@ class Core:
 
     def part(self, seq: Sequence) -> list[Sequence]:
         """Start the forks of a sequence whose prompt is computed, on its blocks; return them."""
-        forks, seq.forks = seq.forks, []
-        blocks = seq.owned_blocks()[: self.blocks_for(seq.num_computed)]
+        forks = seq.forks.copy()
         for fork in forks:
-            fork.parent = None
-            self.pool.share(blocks)
-            capacity = self.blocks_for(fork.max_total - 1)
-            fork.part_from(seq, blocks, heapq.heappop(self.free_slots), capacity)
-            bisect.insort(self.running, fork, key=_rank)
+            self.branch(fork, seq)
         return forks
 
     def pin(self, seq: Sequence) -> None:
@@ -141,11 +143,29 @@ class Core:
         for request in self.public.unpin(self.pool):
             self.add(request, len(request.prompt_ids) + request.max_tokens)
 
+    def branch(self, seq: Sequence, source: Sequence) -> None:
+        """Have a sequence go on from where another is, on its blocks. It waits with that one, or
+        runs, and then lets go of what it holds."""
+        if seq.parent is not None:
+            seq.parent.forks.remove(seq)
+            seq.parent = None
+            slot = heapq.heappop(self.free_slots)
+            bisect.insort(self.running, seq, key=_rank)
+        else:
+            slot = seq.slot
+            self.pool.release(seq.owned_blocks(), erase=seq.tag.time_to_live > 0)
+        blocks = source.owned_blocks()[: self.blocks_for(source.num_computed)]
+        self.pool.share(blocks)
+        seq.part_from(source, blocks, slot, self.blocks_for(seq.max_total - 1))
+
     def blocks_to_start(self, seq: Sequence) -> int:
         """How many blocks a waiting sequence starts with, those that are found included."""
         capacity = self.blocks_for(seq.max_total - 1)
         if self.is_protected(seq):
-            return capacity
+            if seq.beams is None:
+                return capacity
+            width = len(seq.beams.members)
+            return most_blocks(seq.num_prompt, seq.max_total, width, self.block_size)
         return self.pool.blocks_to_start(self.blocks_for(len(seq.token_ids)), capacity)
 
     def is_protected(self, seq: Sequence) -> bool:
@@ -156,17 +176,34 @@ class Core:
         """Blocks that so many tokens take."""
         return -(-num_tokens // self.block_size)
 
-    def preempt(self, seq: Sequence) -> None:
-        """Take blocks and slot from a running sequence and queue it again, at its rank."""
-        seq.num_preemptions += 1
-        self._stop(seq)
+    def preempt(self, seq: Sequence) -> list[str]:
+        """Take blocks and slot from a running sequence and queue it again, at its rank.
+
+        Of beams, all lose theirs and start over. Returns the ids of those that did.
+        """
+        members = [seq] if seq.beams is None else seq.beams.members
+        stopped = [one for one in reversed(members) if one.slot != NO_SLOT]
+        for one in members:
+            one.num_preemptions += 1
+        for one in stopped:
+            self._stop(one)
+        if seq.beams is not None:
+            self.pool.release(seq.beams.reserve)
+            seq = seq.beams.restart(self.step)
         self.waiting.add(seq)
+        return [one.request.request_id for one in stopped]
 
     def remove(self, seq: Sequence) -> None:
-        """Forget a sequence, running or waiting, and return what it holds.
+        """Forget a sequence, running or waiting, and return what it holds; beams go together.
 
         The first of those that wait with it takes its place in the queue.
         """
+        if seq.beams is not None:
+            self.pool.release(seq.beams.reserve)
+            for one in reversed(seq.beams.members):  # so that nobody inherits a place
+                one.beams = None
+                self.remove(one)
+            return
         del self.sequences[seq.request.request_id]
         if seq.parent is not None:
             seq.parent.forks.remove(seq)
@@ -181,32 +218,10 @@ class Core:
             heir.parent = None
             self.waiting.add(heir)
 
-    def copy(self) -> Core:
-        """An independent core in the same state. O(pool)."""
-        other = object.__new__(Core)
-        other.block_size = self.block_size
-        other.fingerprint = self.fingerprint
-        other.max_preemptions = self.max_preemptions
-        other.output_lengths = self.output_lengths.copy()
-        other.holding = self.holding
-        other.pool = self.pool.copy()
-        other.host = self.host.copy()
-        other.public = self.public.copy()
-        other.sequences = {key: seq.copy() for key, seq in self.sequences.items()}
-        for seq in other.sequences.values():
-            seq.forks = [other.sequences[fork.request.request_id] for fork in seq.forks]
-            if seq.parent is not None:
-                seq.parent = other.sequences[seq.parent.request.request_id]
-        other.running = [other.sequences[seq.request.request_id] for seq in self.running]
-        other.waiting = WaitingQueue(
-            other.sequences[seq.request.request_id] for seq in self.waiting.in_order()
-        )
-        other.num_slots = self.num_slots
-        other.free_slots = self.free_slots.copy()
-        other.step = self.step
-        other.in_flight = self.in_flight.copy()
-        other.arrivals = self.arrivals
-        return other
+    def gangs(self) -> list[BeamGroup]:
+        """Every beam search. O(sequences)."""
+        groups = (seq.beams for seq in self.sequences.values())
+        return list({id(group): group for group in groups if group is not None}.values())
 
     def _stop(self, seq: Sequence) -> None:
         self.running.remove(seq)

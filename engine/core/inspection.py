@@ -1,16 +1,49 @@
-"""A scheduler state as others see it: as plain data for crash reports and replays, and what must
-hold between its parts, for tests."""
+"""A scheduler state as others see it: a copy to keep, plain data for crash reports and replays, and
+what must hold between its parts, for tests."""
 
 from __future__ import annotations
 
 from engine.core.core import Core
-from engine.core.sequences import NO_SLOT, Sequence
+from engine.core.sequences import NO_SLOT, Sequence, WaitingQueue
+
+
+def copy(core: Core) -> Core:
+    """An independent state, equal to this one. O(pool)."""
+    other = object.__new__(Core)
+    other.block_size = core.block_size
+    other.fingerprint = core.fingerprint
+    other.max_preemptions = core.max_preemptions
+    other.output_lengths = core.output_lengths.copy()
+    other.holding = core.holding
+    other.pool = core.pool.copy()
+    other.host = core.host.copy()
+    other.public = core.public.copy()
+    other.sequences = {key: seq.copy() for key, seq in core.sequences.items()}
+    for seq in other.sequences.values():
+        seq.forks = [other.sequences[fork.request.request_id] for fork in seq.forks]
+        if seq.parent is not None:
+            seq.parent = other.sequences[seq.parent.request.request_id]
+    for group in core.gangs():
+        group.copy(other.sequences)
+    other.running = [other.sequences[seq.request.request_id] for seq in core.running]
+    other.waiting = WaitingQueue(
+        other.sequences[seq.request.request_id] for seq in core.waiting.in_order()
+    )
+    other.num_slots = core.num_slots
+    other.free_slots = core.free_slots.copy()
+    other.step = core.step
+    other.in_flight = core.in_flight.copy()
+    other.arrivals = core.arrivals
+    return other
 
 
 def check(core: Core) -> None:
     """Assert the invariants of pool, sequences and slots. O(pool); for tests."""
     owned = [seq.owned_blocks() for seq in core.running]
-    core.pool.check(owned + core.public.owned_blocks)
+    reserves = [group.reserve for group in core.gangs()]
+    core.pool.check(owned + reserves + core.public.owned_blocks)
+    for group in core.gangs():
+        group.check(core)
     core.host.check()
     waiting = core.waiting.in_order()
     parents = (*core.running, *waiting)

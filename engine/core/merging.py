@@ -46,6 +46,8 @@ def merge_full_blocks(core: Core, limits: Limits, seq: Sequence, num_tokens: int
     and launches run in the order of their plans. The one that takes its place is computed, too, as
     it got its name here.
     """
+    if seq.beams is not None:  # what beams generate has no names, see `beams`
+        num_tokens = min(num_tokens, seq.num_prompt)
     # Of a sequence that was preempted since, and perhaps has started over, only what it has again.
     full = min(num_tokens, seq.num_computed) // limits.block_size
     first = seq.num_blocks_named

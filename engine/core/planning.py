@@ -7,13 +7,15 @@ that only decodes ever need a block on the way, and if what the running ones are
 is left. A decode that finds no block preempts the lowest rank that was not preempted too often,
 which finds its blocks in the host tier later, or is recomputed. Nothing overtakes the head of the
 queue, so nothing starves. A request's forks start when its prompt is computed, on its blocks;
-whoever then writes to a shared block first gets a copy of it.
+whoever then writes to a shared block first gets a copy of it. Beams advance together or not at
+all, in a plan that is made once the tokens they go on with are known.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 
+from engine.core import beams
 from engine.core.core import Core, Holding
 from engine.core.forecast import fits_with_all
 from engine.core.limits import Limits
@@ -85,18 +87,24 @@ def _schedule_decodes(core: Core, rows: list[PlanRow], copies: list[BlockCopy]) 
         index += 1
         if seq.num_uncomputed != 1 or seq.num_total >= seq.max_total:
             continue
-        while _needs_block(seq, core):
-            if core.pool.num_available:
-                _give_block(seq, core, copies)
+        group = seq.beams
+        if group is not None and seq.num_pending:
+            continue  # which beams go on is not known yet
+        while needed := (
+            _needs_block(seq, core) if group is None else beams.num_needed(seq, block_size)
+        ):
+            if needed <= core.pool.num_available + (0 if group is None else len(group.reserve)):
+                for one in (seq,) if group is None else group.members:
+                    if _needs_block(one, core):
+                        _give_block(one, core, copies)
                 break
             # The lowest rank that may be is given up. Those after this one have no row yet; and
             # if there are none, it goes itself: the higher ranks keep what they have.
             victim = next(
                 low for low in reversed(running) if low is seq or not core.is_protected(low)
             )
-            core.preempt(victim)
-            preempted.append(victim.request.request_id)
-            if victim is seq:
+            preempted += core.preempt(victim)
+            if seq.slot == NO_SLOT:
                 break
         if seq.slot == NO_SLOT:
             index -= 1  # the next one has moved up
@@ -114,7 +122,8 @@ def _needs_block(seq: Sequence, core: Core) -> bool:
 
 def _give_block(seq: Sequence, core: Core, copies: list[BlockCopy]) -> None:
     """A block for the next position; a copy of the last one if that is where it belongs."""
-    (block,) = core.pool.allocate(1)
+    reserve = None if seq.beams is None else seq.beams.reserve
+    block = reserve.pop() if reserve else core.pool.allocate(1)[0]
     if seq.num_computed == seq.num_blocks * core.block_size:
         seq.append_blocks([block])
     else:
@@ -177,6 +186,8 @@ def _admit_waiting(
 def _part(core: Core, rows: list[PlanRow]) -> None:
     """Let the forks of each prompt that this step ends sample from its last logits too."""
     for seq in [seq for seq in core.running if seq.forks and seq.num_total > seq.num_prompt]:
+        if seq.beams is not None:
+            continue  # they part at a commit, when it is known with which tokens
         source = next(index for index, row in enumerate(rows) if row.request is seq.request)
         for fork in core.part(seq):
             rows.append(_advance(fork, 0, core.block_size)._replace(logits_of=source))

@@ -38,6 +38,11 @@ class PublicPrefixes:
         """The blocks that each computed prefix holds."""
         return [pinned.blocks for pinned in self._pinned]
 
+    @property
+    def num_blocks(self) -> int:
+        """Blocks of those that are computed; they are always owned."""
+        return sum(map(len, self.owned_blocks))
+
     def check_admission(self, request: Request, limits: Limits, others: Iterable[Request]) -> None:
         """Raise InvalidRequest if a prefix can't be kept beside what is there.
 

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from typing import NamedTuple
 
-from engine.core import inspection, merging, planning
+from engine.core import beams, inspection, merging, planning
 from engine.core.block_pool import PoolCounts
 from engine.core.core import Core, Holding
 from engine.core.limits import MAX_INT32, Limits
@@ -53,71 +53,56 @@ class SchedulerState:
 
     def copy(self) -> SchedulerState:
         """An independent, equal state. O(pool)."""
-        return SchedulerState(self._peek().copy())
+        return SchedulerState(inspection.copy(self.core))
 
     @property
     def num_running(self) -> int:
         """Sequences that hold blocks."""
-        return len(self._peek().running)
+        return len(self.core.running)
 
     @property
     def num_waiting(self) -> int:
         """Requests that hold none: not started yet, or preempted."""
-        core = self._peek()
+        core = self.core
         return len(core.sequences) - len(core.running)
 
     @property
     def holding(self) -> Holding | None:
         """Why the head of the queue still waited when the last step was planned; None if no
         request did."""
-        return self._peek().holding
-
-    @property
-    def core(self) -> Core:
-        """Everything it holds, for simulations and pictures: to look at, and not to change."""
-        return self._peek()
+        return self.core.holding
 
     @property
     def is_idle(self) -> bool:
         """Whether no request is left, and nothing to erase: another plan would be empty."""
-        core = self._peek()
+        core = self.core
         return not (core.sequences or core.pool.retention.has_erased or core.host.has_erased)
-
-    @property
-    def next_expiry(self) -> int | None:
-        """When `tick` may have something to do, in milliseconds, or None."""
-        core = self._peek()
-        times = (core.pool.retention.next_expiry, core.host.next_expiry)
-        return min((time for time in times if time is not None), default=None)
 
     @property
     def pool(self) -> PoolCounts:
         """Blocks by state."""
-        return self._peek().pool.counts
-
-    @property
-    def num_pinned_blocks(self) -> int:
-        """Blocks of public prefixes, which are always owned."""
-        return sum(map(len, self._peek().public.owned_blocks))
+        return self.core.pool.counts
 
     def __contains__(self, request_id: object) -> bool:
-        return request_id in self._peek().sequences
+        return request_id in self.core.sequences
 
     def snapshot(self) -> dict[str, object]:
         """The state as plain data, without token ids: for crash reports and comparisons."""
-        return inspection.describe(self._peek())
+        return inspection.describe(self.core)
 
     def check(self) -> None:
         """Assert every invariant of DESIGN.md that one state can show. For tests; O(pool)."""
-        inspection.check(self._peek())
+        inspection.check(self.core)
 
-    def _peek(self) -> Core:
+    @property
+    def core(self) -> Core:
+        """Everything it holds, for simulations and pictures: to look at, and not to change."""
         if self._core is None:
             raise StaleState("this state was consumed; use the one that was returned, or copy()")
         return self._core
 
     def _take(self) -> Core:
-        core = self._peek()
+        core = self.core
         self._core = None
         return core
 
@@ -143,13 +128,17 @@ def admit(state: SchedulerState, limits: Limits, request: Request) -> SchedulerS
     for index, name in enumerate(names):
         if name in state or name in names[:index]:
             raise InvalidRequest("request_id", f"{name!r} is already running")
+    width = request.sampling.beam_width
+    field, what = ("beam_width", "beams") if width > 1 else ("n", "samples")
+    if width > 1 and len(names) != width:
+        raise InvalidRequest(field, f"is {width}, but the request has {len(names)} sequences")
     if request.forks and limits.allocator == "contiguous":
-        raise InvalidRequest("n", "the contiguous allocator shares no prompt; ask for one sample")
+        raise InvalidRequest(field, f"the contiguous allocator shares no prompt; ask for no {what}")
     if len(names) > limits.max_num_seqs:
         raise InvalidRequest(
-            "n",
-            f"{len(names)} samples of a prompt run at once, but the engine runs at most "
-            f"{limits.max_num_seqs} sequences; lower n or raise scheduler.max_num_seqs",
+            field,
+            f"{len(names)} {what} of a prompt run at once, but the engine runs at most "
+            f"{limits.max_num_seqs} sequences; lower {field} or raise scheduler.max_num_seqs",
         )
     if num_prompt == 0:
         raise InvalidRequest("prompt", "is empty; give at least one token")
@@ -168,18 +157,25 @@ def admit(state: SchedulerState, limits: Limits, request: Request) -> SchedulerS
         )
     max_total = min(num_prompt + request.max_tokens, limits.max_model_len)
     longest = max_total - 1  # the last token is sampled but never fed back into the cache
-    num_blocks = limits.num_blocks - len(state._peek().public.keys)
+    num_blocks = limits.num_blocks - len(state.core.public.keys)
     if -(-longest // limits.block_size) > num_blocks:
         raise InvalidRequest(
             "max_tokens",
             f"prompt and output may reach {longest} tokens, but the whole cache holds "
             f"{num_blocks * limits.block_size}; lower max_tokens or enlarge the cache",
         )
+    most = beams.most_blocks(num_prompt, max_total, width, limits.block_size)
+    if most > num_blocks:
+        raise InvalidRequest(
+            "beam_width",
+            f"{width} beams of up to {longest} tokens may take {most} blocks, but the whole cache "
+            f"has {num_blocks}; lower beam_width or max_tokens, or enlarge the cache",
+        )
     if state.num_waiting + len(request.forks) >= limits.max_waiting:
         raise QueueFull(f"{limits.max_waiting} requests are waiting already; try again later")
     if request.is_public:
-        others = (seq.request for seq in state._peek().sequences.values())
-        state._peek().public.check_admission(request, limits, others)
+        others = (seq.request for seq in state.core.sequences.values())
+        state.core.public.check_admission(request, limits, others)
     core = state._take()
     core.add(request, max_total)
     return SchedulerState(core)
@@ -191,7 +187,7 @@ def abort(
     """End a request from outside and return its blocks; an unknown id changes nothing."""
     core = state._take()
     seq = core.sequences.get(request_id)
-    outputs = () if seq is None else (_finish(core, seq, (), reason),)
+    outputs = () if seq is None else _finish(core, seq, reason)
     return Committed(SchedulerState(core), outputs)
 
 
@@ -213,7 +209,7 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
         ones may be left out), or `tokens` has fewer entries than the plan has rows. The state
         is still good.
     """
-    in_flight = state._peek().in_flight
+    in_flight = state.core.in_flight
     if plan.rows and plan.step not in in_flight[:1]:
         raise ValueError(
             f"step {plan.step} can't be taken in now: "
@@ -238,6 +234,10 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
         if index in tokens.prompt_logprobs and seq.needs_whole_prompt:
             seq.add_prompt_logprobs(row.start, tokens.prompt_logprobs[index])
         if not row.samples:
+            continue
+        if seq.beams is not None:
+            if seq is seq.beams.members[0]:
+                outputs += beams.advance(core, seq.beams, index, tokens)
             continue
         token = tokens.token_ids[index]
         seq.token_ids.append(token)
@@ -275,7 +275,7 @@ def fail(state: SchedulerState, plans: tuple[StepPlan, ...]) -> Committed:
         for row in plan.rows:
             seq = core.sequences.get(row.request.request_id)
             if seq is not None and plan.step >= seq.first_step:
-                outputs.append(_finish(core, seq, (), FinishReason.ERROR))
+                outputs += _finish(core, seq, FinishReason.ERROR)
     while core.running:
         core.preempt(core.running[-1])
     core.unpin()
@@ -284,11 +284,15 @@ def fail(state: SchedulerState, plans: tuple[StepPlan, ...]) -> Committed:
     return Committed(SchedulerState(core), tuple(outputs))
 
 
-def _finish(
-    core: Core, seq: Sequence, token_ids: tuple[int, ...], reason: FinishReason
-) -> StepOutput:
+def _finish(core: Core, seq: Sequence, reason: FinishReason) -> tuple[StepOutput, ...]:
+    """End a sequence early; of beams all, with news for each output that was asked for."""
+    names = (seq.request.request_id,)
+    if seq.beams is not None:
+        seq = seq.beams.members[0]
+        names = seq.request.replies
     core.remove(seq)
-    return _output(seq, token_ids, reason, ())
+    news = _output(seq, (), reason, ())
+    return tuple(news._replace(request_id=name) for name in names)
 
 
 def _output(

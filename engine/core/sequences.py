@@ -7,12 +7,16 @@ from __future__ import annotations
 
 import heapq
 from collections.abc import Iterable, Set
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from engine.core.block_keys import child_key, joined_key, public_root_key, root_key
 from engine.core.retention import PUBLIC, Tag
 from engine.types import Request, TokenLogprobs
+
+if TYPE_CHECKING:
+    from engine.core.beams import BeamGroup
 
 NO_SLOT = -1
 
@@ -40,9 +44,11 @@ class Sequence:
       prompt_logprobs: of the prompt tokens after the first, as far as computed.
       forks: sequences that part from this one where its prompt ends; they wait with it.
       parent: the one that this one waits with, or None.
+      beams: the search that it is part of, or None.
     """
 
     __slots__ = (
+        "beams",
         "block_ids",
         "first_step",
         "forks",
@@ -85,6 +91,7 @@ class Sequence:
         self.was_started = False
         self.forks: list[Sequence] = []
         self.parent: Sequence | None = None
+        self.beams: BeamGroup | None = None
         self.clear_cache()
 
     def clear_cache(self) -> None:
@@ -125,6 +132,7 @@ class Sequence:
         """Run with these blocks, of `capacity` that it can come to need."""
         self.slot = slot
         self.block_ids = np.zeros(capacity, np.int32)
+        self.num_blocks = 0
         self.append_blocks(blocks)
 
     def set_cached(self, num_tokens: int) -> None:
@@ -206,7 +214,7 @@ class Sequence:
 
     def copy(self) -> Sequence:
         """An independent sequence; the request is shared, as it is frozen. The caller sets
-        `parent` and `forks`, which are still the old ones."""
+        `parent`, `forks` and `beams`, which are still the old ones."""
         other = object.__new__(Sequence)
         for name in Sequence.__slots__:
             value = getattr(self, name)

@@ -23,6 +23,12 @@ def tick(state: SchedulerState, now: int) -> SchedulerState:
     return SchedulerState(core)
 
 
+def next_expiry(state: SchedulerState) -> int | None:
+    """When `tick` may have something to do, in milliseconds, or None."""
+    times = (state.core.pool.retention.next_expiry, state.core.host.next_expiry)
+    return min((time for time in times if time is not None), default=None)
+
+
 def flush(state: SchedulerState, domain: Domain | None = None) -> SchedulerState:
     """Forget what a domain left in the cache, or with None all but what is public.
 

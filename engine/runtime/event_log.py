@@ -40,6 +40,7 @@ from engine.core.limits import MAX_INT32, Limits
 from engine.types import FinishReason, Request, StepPlan
 
 FORMAT = 2
+STOPS = 1  # what stands for a token that ends a beam
 MARKED = 2  # positions of a block, at its end, whose pseudo ids say what it holds
 
 # Far beyond what one scheduler runs, and small enough for any machine that replays.
@@ -60,12 +61,24 @@ class Event(msgspec.Struct, frozen=True, forbid_unknown_fields=True, omit_defaul
     """One line. Its first field, which names the kind, is what tells the kinds apart."""
 
 
+Top = tuple[tuple[int, float], ...]  # (token or what stands for it, log-probability)
+
+
 class Header(Event, frozen=True):
     """The first line."""
 
     octavo_event_log: int
     limits: Limits
     holds_tokens: bool = False
+
+
+class Beams(msgspec.Struct, frozen=True, forbid_unknown_fields=True):
+    """What a search goes by, of which `n` outputs were asked for."""
+
+    width: Count
+    n: Count
+    length_penalty: float
+    early_stopping: bool
 
 
 class Admit(Event, frozen=True):
@@ -77,6 +90,7 @@ class Admit(Event, frozen=True):
     domain: tuple[str, str]  # tenant and salt
     priority: int = 0
     forks: Count = 0
+    beams: Beams | None = None
     prompt_logprobs: bool = False  # then no position may come from the cache
     cache_ttl: Count = 0
     is_public: bool = False
@@ -111,6 +125,7 @@ class Commit(Event, frozen=True):
     rows: Count
     marks: tuple[tuple[Count, PseudoId], ...] = ()  # (row, pseudo id)
     stops: tuple[Count, ...] = ()
+    beams: tuple[tuple[Count, Top], ...] = ()  # by row; a token is STOPS if it ends a beam, else 0
 
 
 class CommitTokens(Event, frozen=True):
@@ -118,6 +133,7 @@ class CommitTokens(Event, frozen=True):
 
     commit_tokens: Count
     tokens: tuple[Annotated[int, msgspec.Meta(ge=-(2**31), lt=2**31)], ...]
+    beams: tuple[tuple[Count, Top], ...] = ()  # by row
 
 
 class Fail(Event, frozen=True):

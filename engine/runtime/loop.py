@@ -8,6 +8,7 @@ piece of news leaves through one function, once a step.
 from __future__ import annotations
 
 import contextlib
+import functools
 import heapq
 import logging
 import queue
@@ -104,7 +105,7 @@ class EngineLoop:
         self._num_submitted = 0  # sequences in the inbox
         self._taken: list[_Event] = []  # from the inbox, not dealt with yet
         self._entry = threading.Lock()  # guards it; nothing is submitted once `_closing` is set
-        self._live: dict[str, Request] = {}  # by each name of theirs
+        self._live: dict[str, Request] = {}  # by each name that news of theirs come under
         self._deadlines: list[tuple[float, str]] = []
         self._planned: StepPlan | None = None  # planned, but not launched yet
         self._recorder = Recorder(record, limits, tokens=record_tokens) if record else None
@@ -299,7 +300,7 @@ class EngineLoop:
 
     def _until_expiry(self) -> float | None:
         """Seconds until something in the cache may not be kept any longer."""
-        expiry = self._state.next_expiry
+        expiry = upkeep.next_expiry(self._state)
         return None if expiry is None else max(0.0, expiry / 1000 - self._now) + _TICK
 
     @property
@@ -355,11 +356,11 @@ class EngineLoop:
         except (InvalidRequest, QueueFull) as error:
             news.append(Rejected(request.request_id, error))
             return
-        self._live.update(dict.fromkeys(request.names, request))
-        self._waits.arrived(request.names, time.perf_counter())
+        self._live.update(dict.fromkeys(request.replies, request))
+        self._waits.arrived(request.replies, time.perf_counter())
         self._record(lambda recorder: recorder.admit(request))
         if request.deadline is not None:
-            for name in request.names:
+            for name in request.replies:
                 heapq.heappush(self._deadlines, (request.deadline, name))
             if len(self._deadlines) > 2 * len(self._live) + _MIN_DEADLINES:
                 # Most are of requests that ended long before: keep those that are live.
@@ -371,10 +372,11 @@ class EngineLoop:
                 heapq.heapify(self._deadlines)
 
     def _end(self, request_id: str, reason: FinishReason) -> tuple[StepOutput, ...]:
-        if self._live.pop(request_id, None) is None:
+        if request_id not in self._live:
             return ()
         self._record(lambda recorder: recorder.abort(request_id, reason))
         self._state, outputs = scheduler.abort(self._state, request_id, reason)
+        self._forget_finished(outputs)  # with one beam of a search, all end
         return self._waits.tell(outputs, time.perf_counter())
 
     def _fail_everything(self) -> None:
@@ -388,7 +390,7 @@ class EngineLoop:
             if isinstance(event, _Flush) and not event.done.done():
                 event.done.set_exception(EngineStopped("the engine failed; its log says why"))
         lost = {
-            name: event for event in events if isinstance(event, Request) for name in event.names
+            name: event for event in events if isinstance(event, Request) for name in event.replies
         }
         lost |= self._live
         self._live.clear()
@@ -419,13 +421,15 @@ class EngineLoop:
     def _forget_finished(self, outputs: Sequence[StepOutput]) -> None:
         for output in outputs:
             if output.finish_reason is not None:
-                self._live.pop(output.request_id, None)  # a lost public prefix has none
+                request = self._live.pop(output.request_id, None)
+                if request is not None:  # or it is a public prefix that was lost
+                    self._record(functools.partial(Recorder.forget, request=request))
 
     def _publish(self, news: News) -> None:
         """Bring the figures up to date, and then tell who asked."""
         self.totals.add_news(news)
         state = self._state
         self._gauges = (state.num_running, state.num_waiting, state.pool)
-        self._num_pinned = state.num_pinned_blocks
+        self._num_pinned = state.core.public.num_blocks
         if news:
             self._on_news(news)

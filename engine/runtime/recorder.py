@@ -18,9 +18,11 @@ from engine.core.limits import MAX_INT32, Limits
 from engine.runtime.event_log import (
     FORMAT,
     MARKED,
+    STOPS,
     Abort,
     Admit,
     AdmitRequest,
+    Beams,
     Commit,
     CommitTokens,
     Event,
@@ -29,11 +31,15 @@ from engine.runtime.event_log import (
     Header,
     Schedule,
     Tick,
+    Top,
     encode,
     marked_positions,
     plan_digest,
 )
+from engine.sampling import SamplingParams
 from engine.types import Domain, FinishReason, Request, StepPlan, StepTokens
+
+Tops = tuple[tuple[int, Top], ...]  # by row
 
 
 class Recorder:
@@ -75,8 +81,16 @@ class Recorder:
         token_ids = tokens.token_ids[: len(plan.rows)]
         pseudonyms = self._pseudonyms
         self._write(
-            pseudonyms.commit(plan, token_ids) if pseudonyms else CommitTokens(plan.step, token_ids)
+            pseudonyms.commit(plan, token_ids, _tops(plan, tokens, hide=True))
+            if pseudonyms
+            else CommitTokens(plan.step, token_ids, _tops(plan, tokens, hide=False))
         )
+
+    def forget(self, request: Request) -> None:
+        """A beam search ended, which only the scheduler knows; of others, nothing."""
+        if self._pseudonyms and request.sampling.beam_width > 1:
+            for request_id in request.names:
+                self._pseudonyms.forget(request_id)
 
     def fail(self, plans: tuple[StepPlan, ...]) -> None:
         """These steps failed on the device."""
@@ -158,6 +172,7 @@ class Pseudonyms:
             domain=domain,
             priority=request.priority,
             forks=len(request.forks),
+            beams=_beams(request.sampling),
             prompt_logprobs=request.sampling.prompt_logprobs is not None,
             cache_ttl=request.cache_ttl,
             is_public=request.is_public,
@@ -168,12 +183,12 @@ class Pseudonyms:
         tenant = self._hash(domain.tenant, b"tenant")
         return tenant, self._hash(domain.salt, b"salt") if domain.salt else ""
 
-    def commit(self, plan: StepPlan, token_ids: Sequence[int]) -> Commit:
+    def commit(self, plan: StepPlan, token_ids: Sequence[int], tops: Tops) -> Commit:
         """Follow the sequences by a token each, as `scheduler.commit` does."""
         marks, stops = [], []
         sequences, step = self._sequences, plan.step
         for index, (row, token) in enumerate(zip(plan.rows, token_ids, strict=True)):
-            if not row.samples:
+            if not row.samples or row.request.sampling.beam_width > 1:
                 continue
             sequence = sequences.get(row.request.request_id)
             if sequence is None or step < sequence.first_step:
@@ -187,7 +202,7 @@ class Pseudonyms:
                 continue
             if not sequence.is_public:  # or a failure may make it run again, for its prompt
                 self.forget(row.request.request_id)
-        return Commit(step, len(plan.rows), tuple(marks), tuple(stops))
+        return Commit(step, len(plan.rows), tuple(marks), tuple(stops), tops)
 
     def fail(self, plans: tuple[StepPlan, ...]) -> None:
         """The sequences in these plans end."""
@@ -204,6 +219,25 @@ class Pseudonyms:
     def _hash(self, text: str, purpose: bytes) -> str:
         encoded = text.encode("utf-8", "surrogatepass")  # any text must do: it is a client's
         return hashlib.blake2b(encoded, digest_size=8, key=self._key, person=purpose).hexdigest()
+
+
+def _beams(sampling: SamplingParams) -> Beams | None:
+    if sampling.beam_width == 1:
+        return None
+    return Beams(sampling.beam_width, sampling.n, sampling.length_penalty, sampling.early_stopping)
+
+
+def _tops(plan: StepPlan, tokens: StepTokens, *, hide: bool) -> Tops:
+    """The likeliest tokens of the rows of beams; hidden, only whether they are stop tokens."""
+    tops = []
+    for index, logprobs in tokens.logprobs.items():
+        request = plan.rows[index].request
+        if request.sampling.beam_width > 1:
+            top = logprobs.top
+            if hide:
+                top = tuple((STOPS * (token in request.stop_ids), value) for token, value in top)
+            tops.append((index, top))
+    return tuple(tops)
 
 
 class _Pseudonym:

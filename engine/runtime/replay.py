@@ -16,6 +16,7 @@ from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
 from engine.runtime.event_log import (
     MAX_PROMPT_TOKENS,
+    STOPS,
     Abort,
     Admit,
     AdmitRequest,
@@ -28,12 +29,22 @@ from engine.runtime.event_log import (
     LogError,
     Schedule,
     Tick,
+    Top,
     marked_positions,
     plan_digest,
     read,
 )
 from engine.sampling import SamplingParams
-from engine.types import Domain, Fork, QueueFull, Request, StepOutput, StepPlan, StepTokens
+from engine.types import (
+    Domain,
+    Fork,
+    QueueFull,
+    Request,
+    StepOutput,
+    StepPlan,
+    StepTokens,
+    TokenLogprobs,
+)
 
 
 class Moment(NamedTuple):
@@ -148,9 +159,9 @@ class Replay:
                 plan = self._planned(step, num_rows)
                 plan, tokens = _pseudo_tokens(plan, event)
                 outputs = self._commit(plan, tokens)
-            case CommitTokens(commit_tokens=step, tokens=token_ids):
+            case CommitTokens(commit_tokens=step, tokens=token_ids, beams=tops):
                 plan = self._planned(step, len(token_ids))
-                outputs = self._commit(plan, StepTokens(token_ids))
+                outputs = self._commit(plan, StepTokens(token_ids, _logprobs(plan, tops)))
             case Tick(tick=now):
                 self.state = upkeep.tick(self.state, now)
             case Flush(flush=domain):
@@ -188,7 +199,8 @@ class Replay:
         return Request(
             name,
             tuple(prompt),
-            SamplingParams(temperature=0.0, prompt_logprobs=0 if event.prompt_logprobs else None),
+            _sampling(event),
+            stop_ids=frozenset({STOPS}) if event.beams else frozenset(),
             max_tokens=event.max_tokens,
             domain=Domain(*event.domain),
             priority=event.priority,
@@ -229,7 +241,27 @@ def _pseudo_tokens(plan: StepPlan, event: Commit) -> tuple[StepPlan, StepTokens]
             )
             rows[index] = rows[index]._replace(request=request)
         plan = dataclasses.replace(plan, rows=tuple(rows))
-    return plan, StepTokens(tuple(token_ids))
+    return plan, StepTokens(tuple(token_ids), _logprobs(plan, event.beams))
+
+
+def _sampling(event: Admit) -> SamplingParams:
+    """What of a request's sampling plans depend on."""
+    if (beams := event.beams) is None:
+        return SamplingParams(temperature=0.0, prompt_logprobs=0 if event.prompt_logprobs else None)
+    return SamplingParams(
+        n=beams.n,
+        beam_width=beams.width,
+        length_penalty=beams.length_penalty,
+        early_stopping=beams.early_stopping,
+    )
+
+
+def _logprobs(plan: StepPlan, tops: tuple[tuple[int, Top], ...]) -> dict[int, TokenLogprobs]:
+    """The likeliest tokens of beams, by row of the plan."""
+    for index, _ in tops:
+        if index >= len(plan.rows):
+            raise ValueError(f"row {index} of {len(plan.rows)} has log-probabilities")
+    return {index: TokenLogprobs(0, 0.0, top) for index, top in tops}
 
 
 def _compare(plan: StepPlan, event: Schedule) -> None:

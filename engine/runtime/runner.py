@@ -15,7 +15,8 @@ from jax.sharding import Mesh
 
 from engine.config import Architecture
 from engine.core import batching
-from engine.core.batching import Batch, Bucket
+from engine.core.batching import Batch
+from engine.core.buckets import Bucket
 from engine.model import sampler
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder
@@ -46,10 +47,10 @@ class Launched:
         token_ids = np.asarray(sampled.token_ids)[: len(rows)]
         logprobs: dict[int, TokenLogprobs] = {}
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
-        if any(row.request.sampling.logprobs is not None for row in rows):
+        if any(row.request.num_logprobs is not None for row in rows):
             values = jax.device_get((sampled.logprobs, sampled.top_ids, sampled.top_logprobs))
             for index, row in enumerate(rows):
-                count = row.request.sampling.logprobs
+                count = row.request.num_logprobs
                 if row.samples and count is not None:
                     token = int(token_ids[index])
                     logprobs[index] = _token_logprobs(token, index, count, *values)

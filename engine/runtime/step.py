@@ -16,7 +16,8 @@ from flax import nnx
 from jax.sharding import Mesh
 
 from engine.core import batching
-from engine.core.batching import Batch, Bucket, SamplingBatch
+from engine.core.batching import Batch, SamplingBatch
+from engine.core.buckets import Bucket
 from engine.model import sampler
 from engine.model.attention import Attention, Ragged, kv_pool_dtype, kv_pool_shape
 from engine.model.decoder import Decoder

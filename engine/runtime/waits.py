@@ -32,10 +32,12 @@ class Waits:
         self._advance(now)
         for row in plan.rows:
             sequence = self._sequences.get(row.request.request_id)
-            if row.history is not None and sequence is not None:  # it starts, or resumes
+            if sequence is not None and sequence.since is not None:  # it starts, or resumes
                 sequence.leave(now, self._sums)
         for name in plan.preempted:
-            self._sequences[name].join(now, self._sums)
+            sequence = self._sequences.get(name)
+            if sequence is not None and sequence.since is None:
+                sequence.join(now, self._sums)
         self._holding = holding
         if holding is not None:
             steps, seconds = self._sums.get(holding, Held(0, 0.0))

@@ -24,7 +24,7 @@ from engine.sampling import (
     InvalidRequest,
     SamplingParams,
 )
-from engine.types import FinishReason, TokenLogprobs
+from engine.types import BeamScore, FinishReason, TokenLogprobs
 
 if TYPE_CHECKING:
     from engine.domain_usage import DomainUsage
@@ -300,6 +300,8 @@ def responses_from_delta(request_id: str, delta: Delta) -> Iterator[pb.GenerateR
         prompt_logprobs=map(_logprobs_to_proto, prompt_logprobs),
         usage=usage,
     )
+    if delta.beam is not None:
+        last.beam.CopyFrom(pb.BeamScore(**delta.beam._asdict()))
     if delta.finish_reason is not None:
         last.finish_reason = _FINISH_TO_PROTO[delta.finish_reason]
         if delta.waited is not None:
@@ -327,6 +329,13 @@ def logprobs_from_proto(message: pb.TokenLogprobs) -> TokenLogprobs:
     """A token's log-probabilities, as the engine's vocabulary has them."""
     top = tuple(zip(message.top_token_ids, message.top_logprobs, strict=True))
     return TokenLogprobs(message.token_id, message.logprob, top)
+
+
+def beam_from_proto(response: pb.GenerateResponse) -> BeamScore | None:
+    """How likely an output of beam search is; None for any other."""
+    if not response.HasField("beam"):
+        return None
+    return BeamScore(response.beam.logprob, response.beam.score)
 
 
 def finish_reason_from_proto(response: pb.GenerateResponse) -> FinishReason | None:

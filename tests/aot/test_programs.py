@@ -14,7 +14,7 @@ from engine.aot.hlo import Collectives
 from engine.aot.programs import Program
 from engine.config import Config, ConfigError
 from engine.config_file import from_tree
-from engine.core.batching import Bucket
+from engine.core.buckets import Bucket
 from engine.loading import load_engine
 from engine.memory_plan import plan
 from engine.runtime.runner import Runner

@@ -7,11 +7,21 @@ hash of the tokens before.
 from __future__ import annotations
 
 import hashlib
+import math
 import struct
 from collections.abc import Sequence
 
 from engine.core.limits import Limits
-from engine.types import Domain, Request, StepPlan, TokenLogprobs
+from engine.types import (
+    BeamScore,
+    Domain,
+    FinishReason,
+    Request,
+    StepOutput,
+    StepPlan,
+    TokenLogprobs,
+)
+from tests.core.beam_oracle import Search
 
 VOCABULARY = 5
 # Milliseconds for which what some domains leave may stay.
@@ -43,6 +53,20 @@ class History:
     def next_token(self, seed: int) -> int:
         """What the model says after this history, and a draw of that seed makes of it."""
         return (self.digest * (2 * seed + 1) >> 20) % VOCABULARY
+
+    def logprobs(self) -> list[float]:
+        """What a beam goes by: log-probabilities of the tokens after this history."""
+        weights = [1 + (self.digest * (2 * token + 1) >> 20) % 97 for token in range(VOCABULARY)]
+        return [math.log(weight / sum(weights)) for weight in weights]
+
+    def path(self) -> list[History]:
+        """The histories from one token on to this one."""
+        nodes: list[History] = []
+        node: History = self
+        while node.parent is not None:
+            nodes.append(node)
+            node = node.parent
+        return nodes[::-1]
 
     def block(self, block_size: int) -> list[History]:
         """What the block that ends here holds, position by position."""
@@ -121,6 +145,7 @@ class Record:
         self.num_preempted = 0
         self.has_slot = False
         self.is_live = True
+        self.gang: Gang | None = None
 
     def history(self, count: int) -> History:
         """The first `count` tokens of prompt and output, had it run alone."""
@@ -138,7 +163,13 @@ class Record:
     def may_decode(self) -> bool:
         """Whether the next step must carry it: its prompt is done and it isn't at its end."""
         prompt_done = self.computed == self.num_prompt + self.num_sampled - 1
-        return self.has_slot and prompt_done and not self.is_at_its_end
+        stands_still = self.is_at_its_end or self.awaits_choice
+        return self.has_slot and prompt_done and not stands_still
+
+    @property
+    def awaits_choice(self) -> bool:
+        """Whether it is a beam with a step on its way, which may be its last."""
+        return self.gang is not None and self.gang.is_pending
 
     @property
     def is_at_its_end(self) -> bool:
@@ -161,6 +192,71 @@ class Record:
         """It was preempted, or the device memory is gone."""
         self.has_slot = False
         self.computed = 0
+
+
+class Gang:
+    """What the test knows about a beam search: its outcome, its course, and how far it is."""
+
+    def __init__(self, members: list[Record], root: History):
+        first = self.first = members[0]
+        self.members = members
+        self.request = first.request
+        prompt = first.chain[first.num_prompt]
+
+        def model(output: tuple[int, ...]) -> list[float]:
+            node = prompt
+            for token in output:
+                node = node.then(token)
+            return node.logprobs()
+
+        sampling = self.request.sampling
+        self.found, self.trace = Search(
+            sampling.beam_width,
+            first.max_total - first.num_prompt,
+            self.request.stop_ids,
+            sampling.length_penalty,
+            sampling.early_stopping,
+        ).run(model)
+        self.attempt = 0  # a step of an earlier one counts for nothing
+        for record in members:
+            record.gang = self
+
+    @property
+    def is_pending(self) -> bool:
+        """Whether a step is on its way that decides how it goes on."""
+        return self.first.num_sampled > self.first.num_committed
+
+    def commit(self) -> bool:
+        """The step on its way is taken in. Returns whether it was the last."""
+        num_chosen = self.first.num_committed + 1
+        for record in self.members:
+            record.num_sampled = record.num_committed = num_chosen
+            record.computed = record.num_prompt + num_chosen - 1
+            record.has_slot = True
+        return num_chosen > len(self.trace)
+
+    def restart(self) -> None:
+        """It lost its blocks."""
+        self.attempt += 1
+        for record in self.members:
+            record.num_sampled = record.num_committed = 0
+            record.num_preempted += 1
+            record.lose_slot()
+
+    def outputs(self, reason: FinishReason | None = None) -> list[StepOutput]:
+        """News of all that was asked for: what is found, or that it ended for another reason."""
+        first, outputs = self.first, []
+        for name, found in zip(self.request.replies, self.found, strict=False):
+            news = StepOutput(name, (), reason, first.num_prompt, first.num_cached or 0)
+            if reason is None:
+                stopped = found.token_ids[-1] in self.request.stop_ids
+                news = news._replace(
+                    token_ids=found.token_ids,
+                    finish_reason=FinishReason.STOP if stopped else FinishReason.LENGTH,
+                    beam=BeamScore(found.logprob, found.score),
+                )
+            outputs.append(news)
+        return outputs
 
 
 def logprob_at(record: Record, target: int) -> TokenLogprobs:

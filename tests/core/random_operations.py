@@ -46,6 +46,23 @@ REQUEST: Ranges = {
     "prompt_logprobs": (0, 9),
     "forks": (-6, 3),  # none if it is not above 0
 }
+# Small pools, and requests of which most are searches.
+SEARCH_LIMITS: Ranges = {
+    **LIMITS,
+    "block_size": (1, 3),
+    "spare_blocks": (0, 8),
+    "max_num_seqs": (4, 8),
+    "max_model_len": (14, 24),
+    "max_waiting": (8, 16),
+}
+SEARCH_REQUEST: Ranges = {
+    **REQUEST,
+    "beams": (0, 4),  # none if it is not above 1
+    "shared": (0, 6),
+    "own": (0, 3),
+    "max_tokens": (4, 16),
+    "follow_up": (0, 30),
+}
 # How often the driver does what; an operation that isn't possible is left out.
 WEIGHTS = {
     "admit": 30,
@@ -116,6 +133,16 @@ def make_request(numbers: Numbers, simulation: Simulation, serial: int) -> Reque
         logprobs=0 if numbers["logprobs"] == 0 else None,
         prompt_logprobs=0 if numbers["prompt_logprobs"] < 2 else None,
     )
+    num_forks = numbers["forks"]
+    width = numbers.get("beams", 0)
+    if width > 1:
+        num_forks = width - 1
+        sampling = SamplingParams(
+            beam_width=width,
+            n=1 + numbers["logprobs"] % width,
+            length_penalty=(1.0, 0.0, 2.0)[numbers["prompt_logprobs"] % 3],
+            early_stopping=numbers["domain"] > 3,
+        )
     name = f"r{serial - 1 if numbers['identity'] == 2 else serial}"
     domain = DOMAINS[max(0, numbers["domain"] - 2)]
     return Request(
@@ -127,7 +154,7 @@ def make_request(numbers: Numbers, simulation: Simulation, serial: int) -> Reque
         domain=domain,
         cache_ttl=TIMES_TO_LIVE.get(domain, 0),
         priority=max(0, numbers["priority"] - 3),
-        forks=tuple(Fork(f"{name}/{number}", number) for number in range(1, numbers["forks"] + 1)),
+        forks=tuple(Fork(f"{name}/{number}", number) for number in range(1, num_forks + 1)),
     )
 
 
@@ -170,19 +197,23 @@ def draw(rng: random.Random, ranges: Ranges) -> Numbers:
     return {name: rng.randint(*bounds) for name, bounds in ranges.items()}
 
 
-def perform_random(simulation: Simulation, rng: random.Random, num_operations: int) -> None:
+def perform_random(
+    simulation: Simulation, rng: random.Random, num_operations: int, requests: Ranges = REQUEST
+) -> None:
     """That many operations, less those that were not possible, and then until idle."""
     names, weights = list(WEIGHTS), list(WEIGHTS.values())
     for serial in range(num_operations):
         (operation,) = rng.choices(names, weights)
         if operation in possible(simulation):
-            perform(simulation, operation, draw(rng, REQUEST), serial)
+            perform(simulation, operation, draw(rng, requests), serial)
     simulation.drain()
 
 
-def run_random(seed: int, num_operations: int) -> Counter[str]:
+def run_random(
+    seed: int, num_operations: int, limits: Ranges = LIMITS, requests: Ranges = REQUEST
+) -> Counter[str]:
     """Random limits, then random operations. Returns what happened."""
     rng = random.Random(seed)
-    simulation = make_simulation(draw(rng, LIMITS))
-    perform_random(simulation, rng, num_operations)
+    simulation = make_simulation(draw(rng, limits))
+    perform_random(simulation, rng, num_operations, requests)
     return simulation.counts

@@ -32,7 +32,7 @@ from engine.types import (
     StepTokens,
     TokenLogprobs,
 )
-from tests.core.oracle import TIMES_TO_LIVE, History, Record, logprob_at, plain
+from tests.core.oracle import TIMES_TO_LIVE, Gang, History, Record, logprob_at, plain
 
 if TYPE_CHECKING:
     from engine.runtime.recorder import Recorder
@@ -53,7 +53,15 @@ class InFlight:
     plan: StepPlan
     tokens: StepTokens
     records: tuple[Record, ...]
+    attempts: tuple[int, ...]  # of each row's beam search
     as_planned: Sequence[object]
+
+    def counts_for(self, index: int) -> bool:
+        """Whether a row is of a request that is there, and has not started over as beams do."""
+        record = self.records[index]
+        return record.is_live and (
+            record.gang is None or record.gang.attempt == self.attempts[index]
+        )
 
 
 class Simulation:
@@ -102,7 +110,7 @@ class Simulation:
         if self.recorder:
             self.recorder.flush(domain)
         self._assert_consumed(old)
-        core = self.state._peek()
+        core = self.state.core
         assert isinstance(core.pool, BlockPool)
         tags = [*core.pool.retention._tags.values(), *(e.tag for e in core.host._entries.values())]
         assert all(tag.domain is None or domain not in (None, tag.domain) for tag in tags)
@@ -117,13 +125,14 @@ class Simulation:
         names = request.names
         if request.is_public:
             self.public = request.prompt_ids
-        shared = len(self.public) // limits.block_size
+        shared = 0 if request.is_public else len(self.public) // limits.block_size
+        num_blocks = limits.num_blocks - shared
         if (
             len(set(names) - self.records.keys()) < len(names)
             or len(names) > limits.max_num_seqs
             or num_prompt + 1 > limits.max_model_len
-            or -(-longest // limits.block_size)
-            > limits.num_blocks - (0 if request.is_public else shared)
+            or -(-longest // limits.block_size) > num_blocks
+            or self._most_of_beams(request, longest) > num_blocks
         ):
             expected: type[Exception] | None = InvalidRequest
         else:
@@ -151,6 +160,9 @@ class Simulation:
             self.records[fork.request_id] = Record(
                 request.fork(fork), root, self.limits, self._num_arrivals + number, first
             )
+        if request.sampling.beam_width > 1:
+            Gang([self.records[name] for name in request.names], root)
+            self.counts["beam searches"] += 1
         self._num_arrivals += len(request.names)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
@@ -160,10 +172,14 @@ class Simulation:
         if request_id not in self.records:
             assert outputs == ()
         else:
-            record = self._remove(request_id)
-            assert outputs == (self._output(record, (), reason),)
             if self.recorder:
                 self.recorder.abort(request_id, reason)
+            record = self._remove(request_id)
+            if (gang := record.gang) is None:
+                assert outputs == (self._output(record, (), reason),)
+            else:
+                record = gang.first
+                assert outputs == tuple(gang.outputs(reason))
             if not record.request.is_public:  # which come first, or not at all
                 self.aborted.append(record.request)
             self.counts["aborted"] += 1
@@ -202,8 +218,11 @@ class Simulation:
         assert plain(step.plan) == step.as_planned, "a plan changed after it was made"
         expected = []
         for index, (row, record) in enumerate(zip(step.plan.rows, step.records, strict=True)):
-            if not record.is_live:
-                self.counts["rows dropped"] += 1
+            if not step.counts_for(index):
+                self.counts["rows dropped" if not record.is_live else "beams dropped"] += 1
+            elif record.gang is not None:
+                if row.samples and record is record.gang.first and record.gang.commit():
+                    expected += record.gang.outputs()
             elif row.samples:
                 expected.append(self._expected_output(record, step.tokens.token_ids[index]))
         if self.recorder:
@@ -214,11 +233,17 @@ class Simulation:
         self.counts["merged"] += sum(
             old != new
             for name, blocks in self._tables().items()
+            if name in tables and self.records[name].gang is None  # beams move, too
             for old, new in zip(tables[name], blocks, strict=True)
         )
         assert outputs == tuple(expected)
         for output in outputs:
-            if output.finish_reason is not None:
+            if output.beam is not None:
+                if output.request_id in self.records:
+                    record = self._remove(output.request_id)
+                    self.transcripts.append(record.request.prompt_ids + output.token_ids)
+                self.counts[f"beams finished: {output.finish_reason}"] += 1
+            elif output.finish_reason is not None:
                 record = self._remove(output.request_id)
                 length = record.num_prompt + record.num_committed
                 self.transcripts.append(record.tokens(0, length))
@@ -235,23 +260,31 @@ class Simulation:
             plans.append(self._unlaunched)
         affected: dict[str, Record] = {}
         for step in self.in_flight:
-            for record in step.records:
-                if record.is_live:
-                    affected[record.request.request_id] = record
+            for index, record in enumerate(step.records):
+                if step.counts_for(index):
+                    affected[_whole(record).request.request_id] = _whole(record)
         if self._unlaunched is not None:
             for row in self._unlaunched.rows:
-                request_id = row.request.request_id
-                affected.setdefault(request_id, self.records[request_id])
+                record = _whole(self.records[row.request.request_id])
+                affected.setdefault(record.request.request_id, record)
         if self.recorder:
             self.recorder.fail(tuple(plans))
         self.state, outputs = scheduler.fail(self.state, tuple(plans))
-        ended = [self._output(record, (), FinishReason.ERROR) for record in affected.values()]
+        ended: list[StepOutput] = []
+        for record in affected.values():
+            if record.gang is None:
+                ended.append(self._output(record, (), FinishReason.ERROR))
+            else:
+                ended += record.gang.outputs(FinishReason.ERROR)
         assert list(outputs) == ended
         for request_id in affected:
             self._remove(request_id)
         for record in self.records.values():
-            record.num_preempted += record.has_slot
-            record.lose_slot()
+            if record.gang is None:
+                record.num_preempted += record.has_slot
+                record.lose_slot()
+            elif record is record.gang.first and record.has_slot:
+                record.gang.restart()
         if self._pinned is not None:  # it is computed once more
             self._record(self._pinned)
             self._pinned = None
@@ -295,6 +328,9 @@ class Simulation:
         """
         longest = max((record.max_total for record in self.records.values()), default=0)
         bound = 2 * (len(self.records) + 1) * (longest + 2 * self.max_in_flight)
+        if any(record.gang for record in self.records.values()):
+            # Beams stand still while a step is on its way, and may begin anew.
+            bound *= self.max_in_flight * (1 + self.limits.max_preemptions)
         steps = 0
         while self.records or self.in_flight or not self.state.is_idle:
             if len(self.in_flight) < self.max_in_flight and not self.state.is_idle:
@@ -306,13 +342,22 @@ class Simulation:
                 self.commit()
             assert steps <= bound, f"{len(self.records)} requests are left after {steps} steps"
         assert self.state.is_idle
-        assert self.state.pool.owned == self._num_pinned(), "an idle scheduler holds blocks"
+        assert self.state.pool.owned == self.state.core.public.num_blocks, (
+            "an idle scheduler holds blocks"
+        )
         return steps
 
     def _remove(self, request_id: str) -> Record:
         """It ended. The first of those that waited for its prompt does so for itself now."""
         record = self.records.pop(request_id)
         record.is_live = False
+        if record.gang is not None:
+            if self.recorder:
+                self.recorder.forget(record.gang.first.request)
+            for other in record.gang.members:
+                other.is_live = False
+                self.records.pop(other.request.request_id, None)
+            return record
         heirs = [r for r in self.records.values() if r.parent is record and not r.waits_alone]
         for heir in heirs:
             heir.parent = None if heir is heirs[0] else heirs[0]
@@ -346,19 +391,41 @@ class Simulation:
                 targets = range(row.start + 1, min(stop + 1, record.num_prompt))
                 prompt_logprobs[index] = tuple(logprob_at(record, target) for target in targets)
             token = last.next_token(row.request.seed) if row.samples else -99
-            if row.samples and sampling.logprobs is not None:
+            if row.samples and record.gang is not None:
+                top = sorted(enumerate(last.logprobs()), key=lambda entry: -entry[1])
+                top = top[: row.request.num_logprobs]
+                logprobs[index] = TokenLogprobs(token, top[0][1], tuple(top))
+            elif row.samples and sampling.logprobs is not None:
                 logprobs[index] = TokenLogprobs(token, -float(record.num_sampled), ())
             sampled.append(token)
         for (block, offset), history in writes.items():
             self.kv[block][offset] = history
         for row, record, token in zip(plan.rows, records, sampled, strict=True):
-            if row.samples:
+            if row.samples and record.gang is not None:
+                record.num_sampled += 1
+            elif row.samples:
                 slot = self.slots[row.slot]
                 slot.last_token = token
                 slot.output.append(token)
                 record.num_sampled += 1
         tokens = StepTokens(tuple(sampled), logprobs, prompt_logprobs)
-        return InFlight(plan, tokens, records, plain(plan))
+        attempts = tuple(record.gang.attempt if record.gang else 0 for record in records)
+        self._check_beams(records, lasts)
+        return InFlight(plan, tokens, records, attempts, plain(plan))
+
+    def _check_beams(self, records: tuple[Record, ...], lasts: list[History]) -> None:
+        """The beams of a step are those of the search that runs alone."""
+        outputs: dict[int, list[tuple[int, ...]]] = {}
+        gangs: dict[int, Gang] = {}
+        for record, last in zip(records, lasts, strict=True):
+            if record.gang is not None and record.gang.first.num_committed:
+                gangs[id(record.gang)] = record.gang
+                tokens = tuple(node.token for node in last.path())[record.num_prompt :]
+                outputs.setdefault(id(record.gang), []).append(tokens)
+        for key, gang in gangs.items():
+            expected = gang.trace[gang.first.num_committed - 1]
+            assert sorted(outputs[key]) == sorted(expected), "the beams are not the likeliest ones"
+            self.counts["beam steps"] += 1
 
     def _move(self, plan: StepPlan) -> None:
         """Copies, erasures and swaps: all that is read is read before anything is written."""
@@ -410,8 +477,14 @@ class Simulation:
         start, stop = row.start, row.start + row.num_tokens
         blocks = row.block_ids.tolist()
         assert len(blocks) == -(-stop // block_size), "the block table doesn't cover the context"
-        record.history(stop)
-        own = record.chain[1 : stop + 1]
+        if record.gang is not None and start >= record.num_prompt:
+            (token,) = row.token_ids
+            before = self.kv[blocks[(start - 1) // block_size]][(start - 1) % block_size]
+            assert before is not None
+            own = before.then(token).path()
+        else:
+            record.history(stop)
+            own = record.chain[1 : stop + 1]
         is_parting = row.logits_of is not None
         for position in range(0, 0 if is_parting else start, block_size):
             here = self.kv[blocks[position // block_size]][: min(block_size, start - position)]
@@ -420,8 +493,7 @@ class Simulation:
                 raise AssertionError(f"a block holds something else than {record.request}")
         if row.history is not None:
             self.slots[row.slot] = Slot(-1, list(row.history))
-        slot = self.slots[row.slot]
-        tokens = row.token_ids or (slot.last_token,) * row.num_tokens
+        tokens = row.token_ids or (self.slots[row.slot].last_token,) * row.num_tokens
         assert len(tokens) == row.num_tokens
         history = record.chain[0] if row.logits_of is None else lasts[row.logits_of]
         if start and not is_parting:  # as attention would: what is there, not what ought to be
@@ -434,10 +506,14 @@ class Simulation:
             assert place not in writes, "two rows write the same place"
             writes[place] = history
         assert history is own[-1], "the row's tokens aren't those of its sequence"
-        if row.samples:
+        if row.samples and record.gang is not None:
+            assert row.output_position == record.num_sampled == stop - record.num_prompt
+        elif row.samples:
             output = list(record.tokens(record.num_prompt, stop))
             assert row.output_position == len(output) == record.num_sampled
-            assert slot.output == output, "the slot's state is another's, or misses tokens"
+            assert self.slots[row.slot].output == output, (
+                "the slot's state is another's, or misses tokens"
+            )
         return history
 
     # Checks.
@@ -459,14 +535,24 @@ class Simulation:
         assert list(plan.preempted) == victims[:count], "not the lowest ranks were preempted"
         kept = [name for name in running if name not in plan.preempted]
         for request_id in plan.preempted:
-            self.records[request_id].lose_slot()
-            self.records[request_id].num_preempted += 1
+            record = self.records[request_id]
             self.counts["preempted"] += 1
+            if record.gang is None:
+                record.lose_slot()
+                record.num_preempted += 1
+            elif record is record.gang.first:
+                record.gang.restart()
+                self.counts["gangs preempted"] += 1
+                assert not any(other.request.request_id in kept for other in record.gang.members)
         must_decode = [name for name in kept if self.records[name].may_decode]
         assert [row.request.request_id for row in rows[: len(must_decode)]] == must_decode, (
             "the decodes are not first, in order and complete"
         )
-        unfinished = [name for name in kept if not self.records[name].is_at_its_end]
+        unfinished = [
+            name
+            for name in kept
+            if not (self.records[name].is_at_its_end or self.records[name].awaits_choice)
+        ]
         continued = [row.request.request_id for row in rows if row.history is None]
         assert sorted(continued) == sorted(unfinished), "a running sequence stands still"
 
@@ -504,6 +590,7 @@ class Simulation:
             name
             for name, record in self.records.items()
             if not record.waits_alone
+            and record.gang is None
             and (source := by_record.get(id(record.parent))) is not None
             and source.samples
         ]
@@ -561,20 +648,18 @@ class Simulation:
         state = self.state
         state.check()
         assert sum(state.pool) == self.limits.num_blocks
-        assert state.is_idle or self.records or state._peek().pool.retention.has_erased or self.host
+        to_erase = state.core.pool.retention.has_erased or state.core.host.has_erased
+        assert state.is_idle == (not self.records and not to_erase)
         assert state.num_running == sum(record.has_slot for record in self.records.values())
         assert state.num_waiting == len(self.records) - state.num_running
         if state.num_running == 0:
-            assert state.pool.owned == self._num_pinned()
+            assert state.pool.owned == self.state.core.public.num_blocks
         self._check_names()
         self._check_eviction_order()
 
-    def _num_pinned(self) -> int:
-        return sum(map(len, self.state._peek().public.owned_blocks))
-
     def _check_erased(self) -> None:
         """What must not stay is nowhere: neither in the pool nor in the host tier."""
-        core = self.state._peek()
+        core = self.state.core
         pool = core.pool
         assert isinstance(pool, BlockPool)
         running = {
@@ -603,12 +688,12 @@ class Simulation:
 
     def _tables(self) -> dict[str, list[int]]:
         """The blocks of each running sequence."""
-        running = self.state._peek().running
+        running = self.state.core.running
         return {seq.request.request_id: seq.owned_blocks() for seq in running}
 
     def _check_names(self) -> None:
         """Every name is true: the block holds what its key says, on the device, now."""
-        pool = self.state._peek().pool
+        pool = self.state.core.pool
         assert isinstance(pool, BlockPool)
         block_size = self.limits.block_size
         for block, key in pool._key_of.items():
@@ -622,7 +707,7 @@ class Simulation:
 
     def _check_eviction_order(self) -> None:
         """Of the blocks that one sequence released, the last goes first."""
-        core = self.state._peek()
+        core = self.state.core
         assert isinstance(core.pool, BlockPool)
         released = [block for block in core.pool._cached if block not in self._cached]
         self._left_at |= dict.fromkeys(released, self.now)
@@ -661,9 +746,21 @@ class Simulation:
             record.request.request_id, token_ids, reason, record.num_prompt, record.num_cached or 0
         )
 
+    def _most_of_beams(self, request: Request, longest: int) -> int:
+        """Blocks its beams may come to hold: each what it would alone, less what they share."""
+        block_size = self.limits.block_size
+        each = -(-longest // block_size)
+        width = request.sampling.beam_width
+        return width * each - (width - 1) * (len(request.prompt_ids) // block_size)
+
     def _assert_consumed(self, old: SchedulerState) -> None:
         try:
             old.snapshot()
         except StaleState:
             return
         raise AssertionError("a state can be used after it was consumed")
+
+
+def _whole(record: Record) -> Record:
+    """The record that stands for all that end with it."""
+    return record if record.gang is None else record.gang.first

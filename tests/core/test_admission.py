@@ -186,7 +186,7 @@ def test_a_protected_sequence_starts_with_every_block_it_can_need() -> None:
 def test_forks_take_what_is_computed_and_not_their_parent_s_reserve() -> None:
     driver = Driver()
     driver.admit(make_request("a", 16, max_tokens=8, forks=(Fork("b", 1),)))
-    driver.state._peek().sequences["a"].num_preemptions = driver.limits.max_preemptions
+    driver.state.core.sequences["a"].num_preemptions = driver.limits.max_preemptions
     plan = driver.step()
     assert [row.block_ids.size for row in plan.rows] == [4, 4]
     assert driver.state.pool.owned == 6  # four of the prompt, and two that are kept for a

@@ -12,7 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import BucketConfig, SchedulerConfig
-from engine.core.batching import Batch, Bucket, bucket_set, build, choose_bucket, empty
+from engine.core.batching import Batch, build, choose_bucket, empty
+from engine.core.buckets import Bucket, bucket_set
 from engine.sampling import SamplingParams
 from engine.types import PlanRow, Request, StepPlan
 from tests.core.driver import Driver, make_request

@@ -50,7 +50,7 @@ def test_blocks_stay_for_their_time_to_live_and_are_then_erased() -> None:
     driver.commit(first)
     driver.run()
     assert driver.state.pool.cached == 3
-    assert driver.state.next_expiry == 1_500
+    assert upkeep.next_expiry(driver.state) == 1_500
     tick(driver, 1_499)
     assert driver.state.pool.cached == 3
     assert driver.state.is_idle
@@ -60,7 +60,7 @@ def test_blocks_stay_for_their_time_to_live_and_are_then_erased() -> None:
     plan = driver.schedule()
     assert (plan.rows, sorted(plan.erased_blocks)) == ((), sorted(blocks[:3]))
     assert driver.state.is_idle
-    assert driver.state.next_expiry is None
+    assert upkeep.next_expiry(driver.state) is None
     assert num_cached(driver, make_request("new", (*TEXT, 50), domain=ALICE)) == 0
 
 
@@ -157,7 +157,7 @@ def pin(driver: Driver, name: str = "public", text: tuple[int, ...] = TEXT) -> N
 def test_every_domain_shares_a_public_prefix_and_nothing_after_it() -> None:
     driver, name = Driver(num_blocks=32), names()
     pin(driver)
-    assert driver.state.num_pinned_blocks == 3
+    assert driver.state.core.public.num_blocks == 3
     own = (*TEXT, 50, 51, 52, 53)
     assert num_cached(driver, make_request(next(name), (*own, 60), domain=ALICE)) == 12
     assert num_cached(driver, make_request(next(name), (*own, 60), domain=BOB)) == 12
@@ -177,9 +177,9 @@ def test_a_public_prefix_outlives_pressure_flushes_and_failures() -> None:
     assert num_cached(driver, make_request(next(name), (*TEXT, 50), domain=BOB)) == 12
     driver.admit(make_request("victim", 4))
     driver.fail(driver.schedule())
-    assert driver.state.num_pinned_blocks == 0, "its contents are lost"
+    assert driver.state.core.public.num_blocks == 0, "its contents are lost"
     driver.run()
-    assert driver.state.num_pinned_blocks == 3, "and computed again"
+    assert driver.state.core.public.num_blocks == 3, "and computed again"
     assert num_cached(driver, make_request(next(name), (*TEXT, 50), domain=BOB)) == 12
 
 
@@ -190,7 +190,7 @@ def test_a_prefix_that_generation_completes_is_public_too() -> None:
     pin(driver, text=text)
     request = make_request(next(name), TEXT[:8], domain=ALICE, max_tokens=5)
     assert num_cached(driver, request) == 4  # its last token must be computed
-    pool = driver.state._peek().pool
+    pool = driver.state.core.pool
     assert isinstance(pool, BlockPool)
     tags = [pool.retention._tags[block] for block in pool.retention._tags]
     assert all(tag.domain is None for tag in tags), "it was computed a second time for one domain"

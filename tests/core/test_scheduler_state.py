@@ -245,9 +245,9 @@ def test_the_waiting_queue_does_not_grow_with_requests_that_come_and_go():
     for index in range(2000):
         driver.admit(make_request(f"r{index}", 3, priority=1))
         driver.abort(f"r{index}")
-    core = driver.state._peek()
+    core = driver.state.core
     assert len(core.waiting._heap) < 200
-    assert core.waiting.first() is driver.state._peek().sequences["head"]
+    assert core.waiting.first() is driver.state.core.sequences["head"]
 
 
 def test_limits_are_shown_as_they_were_given():

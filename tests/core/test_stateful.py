@@ -25,6 +25,7 @@ from tests.core import mutants
 from tests.core.random_operations import (
     LIMITS,
     REQUEST,
+    SEARCH_REQUEST,
     Ranges,
     make_simulation,
     perform,
@@ -95,6 +96,10 @@ class SchedulerMachine(RuleBasedStateMachine):
     def admit(self, choice: dict[str, int]) -> None:
         self.perform("admit", choice)
 
+    @rule(choice=numbers(SEARCH_REQUEST))
+    def search(self, choice: dict[str, int]) -> None:
+        self.perform("admit", choice)
+
     @rule(which=st.integers(0, 8), reason=st.integers(0, 2))
     def abort(self, which: int, reason: int) -> None:
         self.perform("abort", {"shared": which, "family": reason})
@@ -158,6 +163,7 @@ def test_hypothesis_finds_no_operations_that_break_anything():
         ),
     )
     report(hypothesis_counts, at_least=50 * HYPOTHESIS_EXAMPLES, each_event=1)
+    assert hypothesis_counts["beam steps"] >= HYPOTHESIS_EXAMPLES // 4
 
 
 def report(counts: Counter[str], at_least: int, each_event: int) -> None:

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from engine.core import batching
-from engine.core.batching import Bucket
+from engine.core.buckets import Bucket
 from engine.model import sampler
 from engine.runtime import runner
 from engine.types import PlanRow, Request, StepPlan

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.core.batching import Bucket
+from engine.core.buckets import Bucket
 from tests.engines import small_engine
 
 BUCKETS = (Bucket(1, 1, 4), Bucket(4, 4, 4), Bucket(16, 16, 4), Bucket(32, 4, 4))

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from engine.core import batching
-from engine.core.batching import Bucket
+from engine.core.buckets import Bucket
 from engine.model import sampler
 from engine.runtime import runner
 from engine.sampling import MAX_LOGPROBS

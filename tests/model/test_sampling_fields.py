@@ -20,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 from engine.config_file import from_tree
 from engine.frontend import Engine
 from engine.sampling import SamplingParams
-from engine.types import Domain, FinishReason, Fork, Request, TokenLogprobs
+from engine.types import BeamScore, Domain, FinishReason, Fork, Request, TokenLogprobs
 from tests.conftest import DATA
 from tests.engines import Result, make_request, small_engine
 
@@ -38,6 +38,7 @@ class Output(NamedTuple):
     prompt_logprobs: tuple[TokenLogprobs, ...]
     finish_reason: FinishReason | None
     stop_reason: str | int | None
+    beams: tuple[BeamScore, ...]
 
 
 class Change(NamedTuple):
@@ -52,6 +53,13 @@ class Change(NamedTuple):
     holds: Callable[[Output, Output], bool] = lambda before, after: True
 
 
+# Beams, and tokens that end some of them early.
+SEARCH = {
+    "temperature": 0.0,
+    "seed": None,
+    "beam_width": 4,
+    "stop_token_ids": tuple(range(4, 128, 9)),
+}
 CHANGES: dict[str, Change] = {
     "max_tokens": Change(5, holds=lambda _, after: len(after.token_ids) == 5),
     "min_tokens": Change(
@@ -107,6 +115,20 @@ CHANGES: dict[str, Change] = {
         {"ignore_eos": True},
         lambda before, after: len(after.token_ids) == 3 * len(before.token_ids),
     ),
+    "beam_width": Change(
+        4,
+        {"temperature": 0.0, "seed": None},
+        lambda before, after: before.beams == () and after.beams[0].logprob < 0,
+    ),
+    "length_penalty": Change(
+        0.5,
+        SEARCH,
+        lambda before, after: (
+            after.beams[0].logprob / after.beams[0].score
+            == pytest.approx(len(after.token_ids) ** 0.5)
+        ),
+    ),
+    "early_stopping": Change(True, SEARCH),
 }
 
 
@@ -167,6 +189,7 @@ def generate(engine: Engine, fields: Mapping[str, Any], **options: Any) -> Outpu
             prompt_logprobs=tuple(entry for delta in deltas for entry in delta.prompt_logprobs),
             finish_reason=deltas[-1].finish_reason,
             stop_reason=deltas[-1].stop_reason,
+            beams=tuple(delta.beam for delta in deltas if delta.beam is not None),
         )
 
     return asyncio.run(run())

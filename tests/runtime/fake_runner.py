@@ -12,7 +12,8 @@ from collections import defaultdict
 from typing import Any
 
 from engine.config import BucketConfig, SchedulerConfig
-from engine.core.batching import Batch, bucket_set
+from engine.core.batching import Batch
+from engine.core.buckets import bucket_set
 from engine.core.limits import Limits
 from engine.runtime.loop import EngineLoop, News, Rejected
 from engine.runtime.runner import RunnerShape

@@ -18,7 +18,15 @@ from engine.runtime.replay import replay
 from engine.sampling import SamplingParams
 from engine.types import Domain, FinishReason
 from tests.core.driver import make_limits, make_request
-from tests.core.random_operations import LIMITS, declare_public, draw, perform_random
+from tests.core.random_operations import (
+    LIMITS,
+    REQUEST,
+    SEARCH_LIMITS,
+    SEARCH_REQUEST,
+    declare_public,
+    draw,
+    perform_random,
+)
 from tests.core.random_operations import make_limits as random_limits
 from tests.core.simulation import Simulation
 
@@ -26,14 +34,15 @@ from tests.core.simulation import Simulation
 def record_random(
     path: Path, seed: int, num_operations: int = 300, *, tokens: bool = False
 ) -> Simulation:
-    """Record a random simulation."""
+    """Record a random simulation; of odd seeds, most requests are beam searches."""
     rng = random.Random(seed)
-    numbers = draw(rng, LIMITS)
+    searches = seed % 2
+    numbers = draw(rng, SEARCH_LIMITS if searches else LIMITS)
     limits = random_limits(numbers)
     recorder = Recorder(path, limits, tokens=tokens)
     simulation = Simulation(limits, rng.randint(1, 3), recorder)
     declare_public(simulation, numbers)
-    perform_random(simulation, rng, num_operations)
+    perform_random(simulation, rng, num_operations, SEARCH_REQUEST if searches else REQUEST)
     recorder.close()
     if recorder._pseudonyms:
         # A public prefix is remembered, as a failure may make it run again.
@@ -134,7 +143,7 @@ def test_a_request_survives_a_log_with_tokens_in_every_field(tmp_path: Path):
     recorder.admit(request)
     recorder.close()
     state = replay(path).state
-    (sequence,) = state._peek().sequences.values()
+    (sequence,) = state.core.sequences.values()
     assert sequence.request == request
 
 

@@ -206,7 +206,7 @@ def test_a_next_turn_finds_blocks_of_prompt_and_answer_in_the_replay_too(tmp_pat
         driver.commit(plan, StepTokens(ids))
         if plan.step == 8:
             for name in "ab":
-                known = tuple(driver.state._peek().sequences[name].token_ids)
+                known = tuple(driver.state.core.sequences[name].token_ids)
                 driver.ask(make_request(name * 2, known, max_tokens=1))
                 other = (*known[:10], 1, *known[11:])  # the last of the prompt is another
                 driver.ask(make_request(name * 3, other, max_tokens=1))

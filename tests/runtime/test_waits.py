@@ -132,7 +132,7 @@ def test_sums_agree_with_asking_each_request_in_each_step(seed: int) -> None:
     steps: dict[str, Counter[Holding]] = {}
     told: dict[str, Waited] = {}
     for number in range(300):
-        waiting = {seq.request.request_id for seq in timed.driver.state._peek().waiting.in_order()}
+        waiting = {seq.request.request_id for seq in timed.driver.state.core.waiting.in_order()}
         if len(waiting) < 6 and rng.random() < 0.4:
             name = f"n{number}"
             timed.admit(name, rng.randint(1, 9), max_tokens=rng.randint(1, 12))
@@ -143,7 +143,7 @@ def test_sums_agree_with_asking_each_request_in_each_step(seed: int) -> None:
                 expected = steps.pop(name)
                 assert {key: held.steps for key, held in told[name].held.items()} == expected
         holding = timed.driver.state.holding
-        for seq in timed.driver.state._peek().waiting.in_order():
+        for seq in timed.driver.state.core.waiting.in_order():
             if holding is not None and seq.request.request_id in steps:
                 steps[seq.request.request_id][holding] += 1
     assert sum(bool(waited.held) for waited in told.values()) > 10

@@ -20,7 +20,7 @@ from flax import nnx
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 
 from engine.config import Architecture, BucketConfig, MeshConfig, SchedulerConfig
-from engine.core.batching import bucket_set
+from engine.core.buckets import bucket_set
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder, Weight, abstract_decoder
 from engine.runtime.mesh import make_mesh, weight_shardings

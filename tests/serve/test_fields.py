@@ -20,6 +20,11 @@ from engine.types import Domain
 from tests.serve.fake_engine import BOS, VOCAB_SIZE, FakeEngine
 
 SAMPLING_FIELDS = list(pb.SamplingParams.DESCRIPTOR.fields)
+# Fields that are refused without another, and that one.
+NEEDS: dict[str, dict[str, Any]] = {
+    "length_penalty": {"beam_width": 4},
+    "early_stopping": {"beam_width": 4},
+}
 _BY_TYPE: dict[int, Any] = {
     FieldDescriptor.CPPTYPE_DOUBLE: 0.5,
     FieldDescriptor.CPPTYPE_FLOAT: 0.5,
@@ -61,12 +66,13 @@ async def call(server: Server, request: pb.GenerateRequest) -> list[pb.GenerateR
 async def test_each_sampling_field_reaches_the_engine(
     field: FieldDescriptor, server: Server, fake: FakeEngine
 ) -> None:
-    request = pb.GenerateRequest(text="hello")
+    others = NEEDS.get(field.name, {})
+    request = pb.GenerateRequest(text="hello", sampling=pb.SamplingParams(**others))
     value = set_field(request.sampling, field)
     await call(server, request)
     sampling = fake.calls[-1].sampling
     assert getattr(sampling, field.name) == value
-    assert sampling == dataclasses.replace(SamplingParams(), **{field.name: value})
+    assert sampling == SamplingParams(**{**others, field.name: value})
     assert sampling != SamplingParams()
 
 
@@ -77,7 +83,7 @@ def test_the_message_has_the_fields_of_sampling_params() -> None:
 
 @pytest.mark.parametrize("field", SAMPLING_FIELDS, ids=lambda field: field.name)
 def test_sampling_params_survive_the_way_there_and_back(field: FieldDescriptor) -> None:
-    message = pb.SamplingParams()
+    message = pb.SamplingParams(**NEEDS.get(field.name, {}))
     set_field(message, field)
     sampling = convert.sampling_from_proto(message, VOCAB_SIZE)
     assert convert.sampling_to_proto(sampling) == message
@@ -90,8 +96,9 @@ def test_sampling_params_survive_the_way_there_and_back(field: FieldDescriptor) 
 )
 def test_zero_is_not_the_same_as_unset(field: FieldDescriptor) -> None:
     """A field set to zero is taken as zero or refused; it never becomes the default."""
-    message = pb.SamplingParams(**{field.name: type(getattr(pb.SamplingParams(), field.name))()})
-    if field.name in ("max_tokens", "top_p", "repetition_penalty", "n"):
+    zero = type(getattr(pb.SamplingParams(), field.name))()
+    message = pb.SamplingParams(**{**NEEDS.get(field.name, {}), field.name: zero})
+    if field.name in ("max_tokens", "top_p", "repetition_penalty", "n", "beam_width"):
         with pytest.raises(InvalidRequest, match=field.name):
             convert.sampling_from_proto(message, VOCAB_SIZE)
     else:
