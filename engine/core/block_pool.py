@@ -141,6 +141,10 @@ class BlockPool:
         evicted, self._evicted = self._evicted, []
         return evicted
 
+    def cached(self) -> list[tuple[int, bytes]]:
+        """Cached blocks and their keys, those that would be evicted last first."""
+        return [(block, self._key_of[block]) for block in reversed(self._cached)]
+
     def forget_names(self) -> None:
         """Drop every key: no block's contents can be matched any more."""
         self._block_of.clear()

@@ -33,6 +33,9 @@ class HostTier:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
     def put(self, key: bytes, step: int) -> int | None:
         """A slot for the block of that key, to be filled by the plan of that step.
 
@@ -54,9 +57,14 @@ class HostTier:
             entry = self._entries.get(key)
             if entry is None:
                 break
-            self._entries.move_to_end(key)
             slots.append(entry.slot)
+        for key in reversed(keys[: len(slots)]):  # the end gives way before the beginning
+            self._entries.move_to_end(key)
         return slots
+
+    def entries(self) -> list[tuple[bytes, int]]:
+        """Keys and slots, most recently used first."""
+        return [(key, entry.slot) for key, entry in reversed(self._entries.items())]
 
     def forget_since(self, step: int) -> None:
         """Drop what the plans from `step` on put here: they failed."""

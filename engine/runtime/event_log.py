@@ -21,6 +21,7 @@ import numpy as np
 
 from engine.core import scheduler
 from engine.core.limits import Limits
+from engine.core.restoring import restore
 from engine.core.scheduler import SchedulerState
 from engine.types import FinishReason, QueueFull, Request, StepPlan, StepTokens
 
@@ -50,6 +51,11 @@ class Recorder:
         tree = msgspec.to_builtins(request)
         del tree["sampler_row"]  # follows from the rest
         self._write({"admit": tree})
+
+    def restore(self, request_id: str, first: int, count: int) -> None:
+        """So many blocks of a request's prompt, from number `first` on, came from below the host
+        tier: their keys follow from the request."""
+        self._write({"restore": [request_id, first, count]})
 
     def abort(self, request_id: str, reason: FinishReason) -> None:
         """A request was ended from outside."""
@@ -113,6 +119,10 @@ class _Abort(_Event):
     abort: tuple[str, FinishReason]
 
 
+class _Restore(_Event):
+    restore: tuple[str, int, int]
+
+
 class _Schedule(_Event):
     schedule: int
     digest: str
@@ -133,7 +143,10 @@ class _Header(_Event):
     limits: Limits
 
 
-_KINDS = {kind.__struct_fields__[0]: kind for kind in (_Admit, _Abort, _Schedule, _Commit, _Fail)}
+_KINDS = {
+    kind.__struct_fields__[0]: kind
+    for kind in (_Admit, _Restore, _Abort, _Schedule, _Commit, _Fail)
+}
 
 
 def replay(path: str | Path, *, check: bool = False) -> Replayed:
@@ -165,6 +178,8 @@ def replay(path: str | Path, *, check: bool = False) -> Replayed:
                 case _Admit(admit=request):
                     state = scheduler.admit(state, limits, request)
                     requests += 1
+                case _Restore(restore=blocks):
+                    state, _ = restore(state, limits, *blocks)
                 case _Abort(abort=(request_id, reason)):
                     state, _ = scheduler.abort(state, request_id, reason)
                 case _Schedule():

@@ -22,8 +22,10 @@ from engine.core import batching, scheduler
 from engine.core.block_pool import PoolCounts
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
+from engine.runtime.disk_tier import DiskTier
 from engine.runtime.event_log import Recorder
 from engine.runtime.runner import Launched, Runner
+from engine.runtime.tiers import Arrival, Tiers
 from engine.sampling import InvalidRequest
 from engine.types import FinishReason, QueueFull, Request, StepOutput, StepPlan
 
@@ -92,6 +94,13 @@ class _Abort(NamedTuple):
     reason: FinishReason
 
 
+class _Wake(NamedTuple):
+    """Blocks that a request waits for were read."""
+
+
+_Event = Request | _Abort | _Wake | None
+
+
 class _InFlight(NamedTuple):
     launched: Launched
     launched_at: float
@@ -111,6 +120,7 @@ class EngineLoop:
         return quickly.
       record: file to write the event log to.
       on_step: called with each step's figures, for benchmarks.
+      disk: the tier below the runner's host tier.
     """
 
     def __init__(
@@ -120,6 +130,7 @@ class EngineLoop:
         on_news: Callable[[News], None],
         record: str | None = None,
         on_step: Callable[[StepRecord], None] | None = None,
+        disk: DiskTier | None = None,
     ):
         self.limits = limits
         self.totals = Totals()
@@ -129,13 +140,16 @@ class EngineLoop:
         self._state = SchedulerState.initial(limits)
         # `submit` bounds the requests in it. Aborts always fit, so that nobody, this thread least
         # of all, waits for room; there are never more of them than the caller has requests.
-        self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._num_submitted = 0  # sequences in the inbox
-        self._taken: list[Request | _Abort | None] = []  # from the inbox, not dealt with yet
+        self._taken: list[_Event] = []  # from the inbox, not dealt with yet
         self._entry = threading.Lock()  # guards it; nothing is submitted once `_closing` is set
         self._live: dict[str, Request] = {}  # by each name of theirs
         self._deadlines: list[tuple[float, str]] = []
         self._planned: StepPlan | None = None  # planned, but not launched yet
+        self.tiers = Tiers(
+            disk, runner.host if disk else None, limits, lambda: self._inbox.put(_Wake())
+        )
         self._recorder = Recorder(record, limits) if record else None
         self._closing = False
         self._last_wait_end = 0.0
@@ -147,7 +161,7 @@ class EngineLoop:
     def gauges(self) -> tuple[int, int, PoolCounts]:
         """Sequences running and waiting, and blocks by state, after the last step."""
         running, waiting, pool = self._gauges
-        return running, waiting + self._num_submitted, pool
+        return running, waiting + self._num_submitted + self.tiers.num_held, pool
 
     @property
     def is_alive(self) -> bool:
@@ -190,9 +204,11 @@ class EngineLoop:
         try:
             while self._take_events(may_wait=in_flight is None and self._state.is_idle):
                 in_flight = self._step(in_flight)
-            if in_flight is not None:
-                with contextlib.suppress(Exception):  # nobody is left to be told
+            with contextlib.suppress(Exception):  # nobody is left to be told
+                if in_flight is not None:
                     in_flight.launched.wait()
+                    self.tiers.keep(in_flight.launched)
+                self.tiers.save(self._state, lambda: self._runner.kv_pool)
         except Exception:
             log.exception("the engine loop stopped; its requests end with an error")
             self._fail_everything()
@@ -248,6 +264,7 @@ class EngineLoop:
         begin = time.perf_counter()
         tokens = step.launched.wait()
         waited = time.perf_counter()
+        self.tiers.keep(step.launched)
         plan = step.launched.plan
         self._record(lambda recorder: recorder.commit(plan, tokens))
         self._state, outputs = scheduler.commit(self._state, plan, tokens, self.limits)
@@ -293,7 +310,10 @@ class EngineLoop:
 
     def _take_events(self, *, may_wait: bool) -> bool:
         """Take what is in the inbox. Returns whether to go on."""
-        self._taken = [self._inbox.get()] if may_wait else []
+        self._taken = []
+        if may_wait:
+            with contextlib.suppress(queue.Empty):
+                self._taken = [self._inbox.get(timeout=self.tiers.timeout)]
         # Not more than there are now, however fast they come: running requests go on.
         self._taken += [self._inbox.get() for _ in range(self._inbox.qsize())]
         goes_on = self._apply(self._taken)
@@ -304,19 +324,24 @@ class EngineLoop:
         self._taken = []
         return goes_on
 
-    def _apply(self, events: Sequence[Request | _Abort | None]) -> bool:
+    def _apply(self, events: Sequence[_Event]) -> bool:
         """Admit and end requests, those included whose time is up. Returns whether to go on."""
         news: list[StepOutput | Rejected] = []
         for event in events:
             if event is None:
+                self._admit_all(self.tiers.release(), news)
                 for request_id in list(self._live):
                     news.extend(self._end(request_id, FinishReason.ABORT))
                 self._publish(news)
                 return False
             if isinstance(event, _Abort):
+                self._admit_all(self.tiers.release(event.request_id), news)
                 news.extend(self._end(event.request_id, event.reason))
-            else:
-                self._admit(event, news)
+            elif isinstance(event, Request):
+                self._admit_all(self.tiers.release(*event.names), news)  # they were here first
+                if not self.tiers.hold(self._state, event):
+                    self._admit(Arrival(event), news)
+        self._admit_all(self.tiers.arrivals(), news)
         now = time.monotonic()
         while self._deadlines and self._deadlines[0][0] <= now:
             deadline, request_id = heapq.heappop(self._deadlines)
@@ -326,7 +351,12 @@ class EngineLoop:
         self._publish(news)
         return True
 
-    def _admit(self, request: Request, news: list[StepOutput | Rejected]) -> None:
+    def _admit_all(self, arrivals: Sequence[Arrival], news: list[StepOutput | Rejected]) -> None:
+        for arrival in arrivals:
+            self._admit(arrival, news)
+
+    def _admit(self, arrival: Arrival, news: list[StepOutput | Rejected]) -> None:
+        request = arrival.request
         try:
             self._state = scheduler.admit(self._state, self.limits, request)
         except (InvalidRequest, QueueFull) as error:
@@ -334,6 +364,10 @@ class EngineLoop:
             return
         self._live.update(dict.fromkeys(request.names, request))
         self._record(lambda recorder: recorder.admit(request))
+        if arrival.blocks:
+            first, count = arrival.first, len(arrival.blocks)
+            self._state = self.tiers.restore(self._state, arrival)
+            self._record(lambda recorder: recorder.restore(request.request_id, first, count))
         if request.deadline is not None:
             for name in request.names:
                 heapq.heappush(self._deadlines, (request.deadline, name))
@@ -357,7 +391,7 @@ class EngineLoop:
         """Tell every request, admitted or not, that the loop is gone."""
         with self._entry:
             self._closing = True
-        events = self._taken
+        events = self._taken + [arrival.request for arrival in self.tiers.release()]
         while not self._inbox.empty():
             events.append(self._inbox.get())
         lost = {

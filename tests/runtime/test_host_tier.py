@@ -39,7 +39,7 @@ def test_blocks_come_back_bit_by_bit_into_other_places(
     host.swap_out(on_device, list(map(SwapOut, blocks, slots, keys)))
     targets = rng.permutation(BLOCKS)[:count].tolist()
     swaps = list(map(SwapIn, slots, targets))
-    found = np.asarray(host.swap_in(on_device, swaps, host.read(swaps)))
+    found = np.asarray(host.swap_in(on_device, swaps, host.read(slots)))
     expected = pool.copy().reshape(LAYERS, BLOCKS, -1)
     expected[:, targets] = pool.reshape(LAYERS, BLOCKS, -1)[:, blocks]
     assert found.tobytes() == expected.tobytes()
@@ -48,26 +48,43 @@ def test_blocks_come_back_bit_by_bit_into_other_places(
 def test_a_slot_is_read_before_the_same_plan_fills_it() -> None:
     host, pool, on_device = make("float32", 1)
     host.swap_out(on_device, [SwapOut(3, 7, b"old")])
-    contents = host.read([SwapIn(7, 9)])
+    contents = host.read([7])
     host.swap_out(on_device, [SwapOut(4, 7, b"new")]).finish()
     found = np.asarray(host.swap_in(on_device, [SwapIn(7, 9)], contents))
     by_layer, before = (array.reshape(LAYERS, BLOCKS, -1) for array in (found, pool))
     np.testing.assert_array_equal(by_layer[:, 9], before[:, 3])
     np.testing.assert_array_equal(
-        host.read([SwapIn(7, 0)])[0], pool.reshape(LAYERS, BLOCKS, *pool.shape[1:])[:, 4]
+        host.read([7])[0], pool.reshape(LAYERS, BLOCKS, *pool.shape[1:])[:, 4]
     )
 
 
-def test_what_failed_on_its_way_fails_again_until_it_is_given_up() -> None:
+def test_what_failed_on_its_way_fails_whoever_waits_or_reads_it() -> None:
     """Or a slot with nobody's contents would be taken for what its key says."""
     host, _, on_device = make("float32", 1)
     outgoing = host.swap_out(on_device, [SwapOut(3, 7, b"key")])
-    outgoing._pieces[0].delete()
-    for wait in (lambda: host.read([SwapIn(7, 9)]), outgoing.finish, outgoing.finish):
+    outgoing._contents[0].delete()
+    swap = [SwapIn(7, 9)]
+    for use in (
+        outgoing.finish,
+        outgoing.finish,
+        lambda: host.swap_in(on_device, swap, host.read([7])),
+    ):
         with pytest.raises(RuntimeError, match="deleted"):
-            wait()
-    host.reset()
-    host.read([SwapIn(7, 9)])
+            use()
+
+
+def test_contents_from_below_are_not_overwritten_by_a_transfer_that_was_under_way() -> None:
+    """The slot was given away after the plan that started the transfer, which ends later."""
+    host, pool, on_device = make("float32", 1)
+    outgoing = host.swap_out(on_device, [SwapOut(3, 7, b"old")])
+    restored = np.random.default_rng(1).random((LAYERS, *pool.shape[1:]), np.float32)
+    host.write(7, host.stage(restored))
+    ((key, contents),) = outgoing.finish()
+    assert key == b"old"
+    by_layer = pool.reshape(LAYERS, BLOCKS, *pool.shape[1:])
+    np.testing.assert_array_equal(contents, by_layer[:, 3])  # whoever kept it still has it
+    found = np.asarray(host.swap_in(on_device, [SwapIn(7, 9)], host.read([7])))
+    np.testing.assert_array_equal(found.reshape(by_layer.shape)[:, 9], restored)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)

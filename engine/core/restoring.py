@@ -1,0 +1,90 @@
+"""Blocks that come into the host tier from below it: what is missing, and the event that they came.
+
+Where they come from, and how long that takes, is the step loop's to know. The event names a request
+and which of its blocks, never a key, so it replays from the request itself.
+"""
+
+from __future__ import annotations
+
+import itertools
+from typing import NamedTuple
+
+from engine.core.block_pool import BlockPool
+from engine.core.limits import Limits
+from engine.core.scheduler import SchedulerState
+from engine.core.sequences import Sequence
+from engine.types import Request
+
+
+class Missing(NamedTuple):
+    """The blocks of a prompt after those that are at hand: number `first` and on, by key."""
+
+    first: int
+    keys: tuple[bytes, ...]
+
+
+class Restored(NamedTuple):
+    """The next state, and the host slot that each block must be written to before the next plan;
+    None if it is there already."""
+
+    state: SchedulerState
+    slots: tuple[int | None, ...]
+
+
+class Kept(NamedTuple):
+    """What can be matched, by key: most worth keeping first."""
+
+    blocks: tuple[tuple[bytes, int], ...]
+    slots: tuple[tuple[bytes, int], ...]
+
+
+def missing_blocks(state: SchedulerState, limits: Limits, request: Request) -> Missing:
+    """The blocks of a request that neither the pool nor the host tier holds. Changes nothing.
+
+    Blocks behind a missing one count as missing too, as they can't be matched. A request that
+    has to compute its whole prompt misses none.
+    """
+    core = state._peek()
+    seq = Sequence(request, (0, 0), len(request.prompt_ids) + 1, core.step)
+    most = (seq.num_prompt - 1) // limits.block_size  # the last token is always computed
+    if not limits.prefix_reuse or seq.needs_whole_prompt or most < 1:
+        return Missing(0, ())
+    seq.extend_keys(most, limits.block_size, limits.fingerprint)
+    first = len(core.pool.match(seq.keys))
+    first += sum(1 for _ in itertools.takewhile(core.host.__contains__, seq.keys[first:]))
+    return Missing(first, tuple(seq.keys[first:]))
+
+
+def restore(
+    state: SchedulerState, limits: Limits, request_id: str, first: int, count: int
+) -> Restored:
+    """Give `count` blocks of a waiting request's prompt, from number `first` on, a place in the
+    host tier: their contents were found below it.
+
+    What lay in those slots is forgotten. They are written before the next plan, and so after
+    whatever earlier plans do with them: see `runtime/host_pool.py`.
+
+    Raises:
+      ValueError: no such request waits, or its prompt has no such blocks. The state is still good.
+    """
+    seq = state._peek().sequences.get(request_id)
+    if seq is None:
+        raise ValueError(f"blocks for {request_id!r} came, but there is no such request")
+    full = seq.num_prompt // limits.block_size
+    if min(first, count) < 0 or first + count > full:
+        raise ValueError(
+            f"{count} blocks from number {first} on came for {request_id!r}, which has {full}"
+        )
+    core = state._take()
+    seq.extend_keys(first + count, limits.block_size, limits.fingerprint)
+    core.host.match(seq.keys[:first])  # what is there of it must not give way to the rest
+    slots = [core.host.put(key, core.step) for key in reversed(seq.keys[first : first + count])]
+    return Restored(SchedulerState(core), tuple(reversed(slots)))
+
+
+def kept_blocks(state: SchedulerState) -> Kept:
+    """All that can be matched, when no request is left."""
+    core = state._peek()
+    assert isinstance(core.pool, BlockPool)  # the contiguous one keeps nothing
+    blocks = tuple((key, block) for block, key in core.pool.cached())
+    return Kept(blocks, tuple(core.host.entries()))
