@@ -25,7 +25,7 @@ class Missing(NamedTuple):
 
 class Restored(NamedTuple):
     """The next state, and the host slot that each block must be written to before the next plan;
-    None if it is there already."""
+    None if it is there already, or there are not so many slots."""
 
     state: SchedulerState
     slots: tuple[int | None, ...]
@@ -78,8 +78,10 @@ def restore(
     core = state._take()
     seq.extend_keys(first + count, limits.block_size, limits.fingerprint)
     core.host.match(seq.keys[:first])  # what is there of it must not give way to the rest
-    slots = [core.host.put(key, core.step) for key in reversed(seq.keys[first : first + count])]
-    return Restored(SchedulerState(core), tuple(reversed(slots)))
+    keys = seq.keys[first : first + count][: core.host.num_slots]  # more would push out each other
+    slots = [core.host.put(key, core.step) for key in reversed(keys)]
+    slots = (*reversed(slots), *[None] * (count - len(keys)))
+    return Restored(SchedulerState(core), slots)
 
 
 def kept_blocks(state: SchedulerState) -> Kept:

@@ -12,7 +12,7 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.core import planning, scheduler, sequences
+from engine.core import planning, restoring, scheduler, sequences
 from engine.core.block_keys import child_key, root_key
 from engine.core.block_pool import BlockPool
 from engine.core.core import Core
@@ -375,6 +375,33 @@ def restored_blocks_take_no_room(patch: Patch) -> None:
         "num_cached(hits) - len(hits)",
         "num_cached(hits) - len(hits) - len(slots)",
     )
+
+
+@mutant
+def restored_blocks_are_named_as_those_before_them(patch: Patch) -> None:
+    rewrite(patch, restoring, "restore", "seq.keys[first : first + count]", "seq.keys[:count]")
+
+
+@mutant
+def restored_blocks_push_out_each_other(patch: Patch) -> None:
+    """A mistake that the simulation found here: two blocks were written to one slot."""
+    rewrite(patch, restoring, "restore", "[: core.host.num_slots]", "")
+
+
+@mutant
+def restored_blocks_come_in_reverse(patch: Patch) -> None:
+    rewrite(patch, restoring, "restore", "*reversed(slots)", "*slots")
+
+
+@mutant
+def what_is_missing_starts_behind_the_pool_s_part(patch: Patch) -> None:
+    old = "itertools.takewhile(core.host.__contains__, seq.keys[first:])"
+    rewrite(patch, restoring, "missing_blocks", old, f"[*seq.keys[:1], *{old}]")
+
+
+@mutant
+def the_last_block_of_a_prompt_counts_as_missing(patch: Patch) -> None:
+    rewrite(patch, restoring, "missing_blocks", "seq.num_prompt - 1", "seq.num_prompt")
 
 
 @mutant

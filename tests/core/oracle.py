@@ -150,4 +150,5 @@ def logprob_at(record: Record, target: int) -> TokenLogprobs:
 def plain(plan: StepPlan) -> Sequence[object]:
     """A plan as values that compare with ==, arrays included."""
     rows = [(*row[:5], row.block_ids.tolist(), *row[6:]) for row in plan.rows]
-    return plan.step, rows, plan.block_copies, plan.preempted
+    swaps = plan.swap_outs, plan.swap_ins
+    return plan.step, rows, plan.block_copies, plan.preempted, swaps

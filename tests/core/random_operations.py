@@ -30,6 +30,11 @@ LIMITS: Ranges = {
     "host_blocks": (-4, 12),  # none if it is not above 0
     "max_preemptions": (1, 2),
     "max_in_flight": (1, 3),
+    "compute_ns": (-2, 3),  # not known if it is not above 0
+    "attend_ps": (0, 400),
+    "transfer_ns": (0, 8),
+    "swap_in_ns": (0, 6),
+    "swap_out_ns": (0, 3),
 }
 REQUEST: Ranges = {
     "identity": (0, 9),  # below 2: a request that was aborted; 2: an id that may be in use
@@ -44,6 +49,7 @@ REQUEST: Ranges = {
     "logprobs": (0, 9),
     "prompt_logprobs": (0, 9),
     "forks": (-6, 3),  # none if it is not above 0
+    "restored": (-2, 6),  # blocks that come from below the host tier, none if it is not above 0
 }
 # How often the driver does what; an operation that isn't possible is left out.
 WEIGHTS = {
@@ -71,6 +77,11 @@ def make_limits(numbers: Numbers) -> Limits:
         host_blocks=max(0, numbers["host_blocks"]),
         max_preemptions=numbers["max_preemptions"],
         fingerprint="weights",
+        compute_ns=max(0, numbers["compute_ns"]),
+        attend_ps=numbers["attend_ps"],
+        transfer_ns=numbers["transfer_ns"],
+        swap_in_ns=numbers["swap_in_ns"],
+        swap_out_ns=numbers["swap_out_ns"],
     )
 
 
@@ -120,7 +131,10 @@ def possible(simulation: Simulation) -> set[str]:
 def perform(simulation: Simulation, operation: str, numbers: Numbers, serial: int) -> None:
     """Do one operation. `numbers` are a request's for "admit"; others take what they need."""
     if operation == "admit":
-        simulation.admit(make_request(numbers, simulation, serial))
+        request = make_request(numbers, simulation, serial)
+        simulation.admit(request)
+        if numbers["restored"] > 0 and simulation.limits.host_blocks:
+            simulation.restore(request.request_id, numbers["restored"])
     elif operation == "abort":
         live = [*simulation.records, "nobody"]
         reason = (FinishReason.ABORT, FinishReason.DEADLINE, FinishReason.STOP)

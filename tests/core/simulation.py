@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine.core import scheduler
+from engine.core import restoring, scheduler
 from engine.core.block_pool import BlockPool
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState, StaleState
@@ -74,6 +74,7 @@ class Simulation:
         self.aborted: deque[Request] = deque(maxlen=1)
         self._roots: dict[Domain, History] = {}
         self._num_arrivals = 0
+        self.disk: dict[bytes, list[History | None]] = {}  # all that ever went to the host tier
         self._held: list[list[int]] = []  # the running sequences' blocks after the last operation
         self._cached: set[int] = set()
         self._unlaunched: StepPlan | None = None
@@ -118,6 +119,40 @@ class Simulation:
             self._num_arrivals += len(names)
             self._assert_consumed(old)
         self._after("admit")
+
+    def restore(self, request_id: str, most: int) -> None:
+        """Bring up to so many blocks of a waiting request from below into the host tier.
+
+        What was under way to those slots is older, and gives way to it, as in `HostPool`.
+        """
+        record = self.records.get(request_id)
+        if record is None:
+            return
+        limits = self.limits
+        size, fingerprint = limits.block_size, limits.fingerprint
+        before = self.state.snapshot()
+        first, keys = restoring.missing_blocks(self.state, limits, record.request)
+        assert self.state.snapshot() == before
+        full = (record.num_prompt - 1) // size if limits.prefix_reuse else 0
+        if record.request.sampling.prompt_logprobs is not None:
+            full = 0
+        ends = range((first + 1) * size, (full + 1) * size, size)
+        assert list(keys) == [record.history(end).key(size, fingerprint) for end in ends]
+        found: list[list[History | None]] = []
+        for key in keys[:most]:
+            if key not in self.disk:
+                break
+            found.append(self.disk[key])
+        if self.recorder:
+            self.recorder.restore(request_id, first, len(found))
+        old = self.state
+        self.state, slots = restoring.restore(self.state, limits, request_id, first, len(found))
+        self._assert_consumed(old)
+        for slot, contents in zip(slots, found, strict=True):
+            if slot is not None:
+                self.host[slot] = list(contents)
+                self.counts["restored"] += 1
+        self._after("restore")
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request from outside, be it there or not."""
@@ -319,7 +354,7 @@ class Simulation:
             last = self.kv[block][-1]
             assert last is not None, "an unwritten block is swapped out"
             assert key == last.key(self.limits.block_size, self.limits.fingerprint)
-            self.host[slot] = list(self.kv[block])
+            self.host[slot] = self.disk[key] = list(self.kv[block])
             self.counts["swapped out"] += 1
         for block, contents in copied.items():
             self.kv[block] = contents

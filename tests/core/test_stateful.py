@@ -55,6 +55,7 @@ EVENTS = (
     "parted",
     "preempted",
     "refused",
+    "restored",
     "resumed",
     "rows dropped",
     "swapped in",
