@@ -27,8 +27,8 @@ from engine.bench import machine
 from engine.frontend import Engine
 from engine.sampling import SamplingParams
 
-TURN_TOKENS = 64  # of what a user says
-ANSWER_TOKENS = 16
+TURN_TOKENS = 32  # of what a user says
+ANSWER_TOKENS = 8
 CASES = ("off", "on", "small", "host")
 
 

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from engine.config import BucketConfig, SchedulerConfig
-from engine.core.limits import Limits
 from engine.runtime import tiers
 from engine.runtime.block_file import BlockLayout
 from engine.runtime.disk_tier import DiskTier
@@ -354,9 +353,3 @@ def test_the_step_loop_survives_a_failed_step_with_blocks_from_disk(
     monkeypatch.setattr(runner, "launch", launch)
     (again,) = run(loop, listener, [dataclasses.replace(request, request_id="b")])
     assert (again.num_cached_tokens, again.token_ids) == (96, expected)
-
-
-def test_limits_of_the_scheduler_alone_say_what_to_do() -> None:
-    """Costs are part of what an event log records, so a replay decides the same."""
-    fields = {field.name for field in dataclasses.fields(Limits)}
-    assert fields >= {"transfer_ns", "swap_in_ns", "swap_out_ns", "compute_ns", "attend_ps"}
