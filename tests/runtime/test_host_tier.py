@@ -12,7 +12,7 @@ import pytest
 
 from engine.aot.hlo import pool_copies
 from engine.config import BucketConfig, SchedulerConfig
-from engine.runtime.host_pool import AT_A_TIME, HostPool
+from engine.runtime.host_pool import AT_A_TIME, HostPool, as_read_later
 from engine.types import Request, StepPlan, SwapIn, SwapOut
 from tests.engines import Result, SmallEngine, make_request, small_engine
 from tests.runtime.pools import BLOCKS, DTYPES, LAYERS, random_pool
@@ -21,10 +21,12 @@ from tests.runtime.tiny import random_ids
 SLOTS = 40
 
 
-def make(dtype: str, num_devices: int) -> tuple[HostPool, np.ndarray, jax.Array]:
+def make(
+    dtype: str, num_devices: int, memory_kind: str | None = None
+) -> tuple[HostPool, np.ndarray, jax.Array]:
     """A host pool, and a device's pool of random bits on both sides."""
     pool, on_device, struct = random_pool(dtype, num_devices)
-    return HostPool(struct, LAYERS, SLOTS), pool, on_device
+    return HostPool(struct, LAYERS, SLOTS, memory_kind), pool, on_device
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
@@ -43,6 +45,30 @@ def test_blocks_come_back_bit_by_bit_into_other_places(
     expected = pool.copy().reshape(LAYERS, BLOCKS, -1)
     expected[:, targets] = pool.reshape(LAYERS, BLOCKS, -1)[:, blocks]
     assert found.tobytes() == expected.tobytes()
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+def test_slots_in_pinned_memory_hold_the_same(num_devices: int) -> None:
+    """As on a TPU or a GPU; jax's CPU knows that kind of memory too. Reading one as NumPy, as the
+    disk's threads do, leaves no second copy beside the slot."""
+    host, pool, on_device = make("bfloat16", num_devices, "pinned_host")
+    outgoing = host.swap_out(on_device, [SwapOut(3, 7, b"a"), SwapOut(4, 8, b"b")])
+    by_layer = pool.reshape(LAYERS, BLOCKS, *pool.shape[1:])
+    for (_, contents), block in zip(outgoing.finish(), (3, 4), strict=True):
+        assert isinstance(contents, jax.Array)
+        assert contents.sharding.memory_kind == "pinned_host"
+        assert np.asarray(as_read_later(contents)).tobytes() == by_layer[:, block].tobytes()
+        assert contents._npy_value is None  # type: ignore[missing-attribute]
+    staged = host.stage(by_layer[:, 5].copy())
+    assert isinstance(staged, jax.Array)
+    assert staged.sharding == host.block.sharding
+    host.write(9, staged)
+    swaps = [SwapIn(7, 20), SwapIn(9, 21)]
+    found = host.swap_in(on_device, swaps, host.read([7, 9]))
+    assert found.sharding == on_device.sharding
+    after = np.asarray(found).reshape(by_layer.shape)
+    assert after[:, 20].tobytes() == by_layer[:, 3].tobytes()
+    assert after[:, 21].tobytes() == by_layer[:, 5].tobytes()
 
 
 def test_a_slot_is_read_before_the_same_plan_fills_it() -> None:
