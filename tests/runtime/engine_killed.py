@@ -2,13 +2,15 @@
 
 ``MODEL FOLDER EXPECTED CACHE``: a model's folder, the tier's, a JSON file with the right tokens of
 each prompt, and a compile cache. For each line ``SECONDS`` on stdin an engine is started in a fork,
-which saves the imports, and killed that long after it answered every prompt once. A line says how
-it ended, and whether the first answers found anything of their prompts, which came from the disk.
+which saves the imports. It is killed that long after it answered every prompt once, and a half-
+written file is seen, for which half a second is waited. A line says how it ended, and whether the
+first answers found anything of their prompts, which came from the disk.
 """
 
 from __future__ import annotations
 
 import asyncio
+import glob
 import json
 import os
 import signal
@@ -30,12 +32,12 @@ SAMPLING = SamplingParams(temperature=0.8, seed=5, max_tokens=24, ignore_eos=Tru
 
 
 def make_engine(model: str, folder: str, cache: str) -> Engine:
-    """Blocks leave a pool of 20 all the time, and the tier of 8 slots too."""
+    """Blocks leave a pool of 20 all the time, and a folder that holds 30 of the 44 there are."""
     options = {
         "cache.num_blocks": 20,
-        "cache.host_memory": 8 * 8192,
+        "cache.host_memory": 32 * 8192,
         "cache.disk_path": folder,
-        "cache.disk_size": 2**23,
+        "cache.disk_size": 30 * 8316,
         "cache.swap": "always",
         "model.max_model_len": 256,
         "compile_cache": cache,
@@ -81,6 +83,9 @@ def main() -> None:
         os.close(ready)
         heard = os.read(started, 1)  # nothing, if it ended by itself
         time.sleep(float(seconds))
+        deadline = time.monotonic() + 0.5
+        while time.monotonic() < deadline and not any(glob.iglob(f"{folder}/??/*.tmp")):
+            pass
         os.kill(child, signal.SIGKILL)
         end = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
         os.close(started)
