@@ -60,6 +60,7 @@ class HostPool:
         self.block = programs.block
         self._gather = programs.lower_gather().compile()
         self.scatter = programs.lower_scatter().compile()
+        self._zero = programs.lower_zero().compile()
 
     @property
     def block_bytes(self) -> int:
@@ -100,6 +101,14 @@ class HostPool:
     def write(self, slot: int, contents: Contents) -> None:
         """Fill a slot, with what `stage` returned; whatever is on its way there gives way."""
         self._slots[slot] = contents
+
+    def erase(self, slots: Iterable[int]) -> None:
+        """Give up the contents of slots: those that came from the device are overwritten with zeros
+        where they lie, once whatever reads them is done; those from a file are released."""
+        for slot in slots:
+            contents, self._slots[slot] = self._slots[slot], None
+            if isinstance(contents, jax.Array):
+                self._zero(contents)
 
     def swap_in(
         self, kv_pool: jax.Array, swaps: Sequence[SwapIn], contents: Sequence[Contents]
@@ -157,6 +166,12 @@ class TransferPrograms:
         )
         traced = program.trace(self._kv_pool, (self.block,) * AT_A_TIME, self._numbers)
         return traced.lower(lowering_platforms=(platform,) if platform else None)
+
+    def lower_zero(self) -> jax.stages.Lowered:
+        """(an array on the host) -> zeros in its place."""
+        place = self.block.sharding
+        program = jax.jit(jnp.zeros_like, donate_argnums=0, out_shardings=place, keep_unused=True)
+        return program.lower(self.block)
 
     def _gather_blocks(self, kv_pool: jax.Array, blocks: jax.Array) -> tuple[jax.Array, ...]:
         """Blocks [n] of every layer."""

@@ -71,6 +71,28 @@ def test_slots_in_pinned_memory_hold_the_same(num_devices: int) -> None:
     assert after[:, 21].tobytes() == by_layer[:, 5].tobytes()
 
 
+@pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
+def test_erased_contents_are_overwritten_where_they_lie(memory_kind: str | None) -> None:
+    host, pool, on_device = make("float32", 1, memory_kind)
+    outgoing = host.swap_out(on_device, [SwapOut(3, 7, b"key")])
+    ((_, contents),) = outgoing.finish()
+    assert isinstance(contents, jax.Array)
+    zeros = []
+    zero = host._zero
+    host._zero = lambda array: zeros.append((array.unsafe_buffer_pointer(), zero(array)))
+    swaps = [SwapIn(7, 9)]
+    found = host.swap_in(on_device, swaps, host.read([7]))  # reads it first, whenever it runs
+    host.erase([7, 8])
+    ((place, after),) = zeros
+    assert after.unsafe_buffer_pointer() == place
+    assert not np.asarray(after).any()
+    assert contents.is_deleted()
+    by_layer = pool.reshape(LAYERS, BLOCKS, *pool.shape[1:])
+    np.testing.assert_array_equal(np.asarray(found).reshape(by_layer.shape)[:, 9], by_layer[:, 3])
+    with pytest.raises(AssertionError, match="slot 7 is read, but was never filled"):
+        host.read([7])
+
+
 def test_a_slot_is_read_before_the_same_plan_fills_it() -> None:
     host, pool, on_device = make("float32", 1)
     host.swap_out(on_device, [SwapOut(3, 7, b"old")])
