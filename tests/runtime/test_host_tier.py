@@ -72,14 +72,20 @@ def test_slots_in_pinned_memory_hold_the_same(num_devices: int) -> None:
 
 
 @pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
-def test_erased_contents_are_overwritten_where_they_lie(memory_kind: str | None) -> None:
+def test_erased_contents_are_overwritten_where_they_lie(
+    memory_kind: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     host, pool, on_device = make("float32", 1, memory_kind)
     outgoing = host.swap_out(on_device, [SwapOut(3, 7, b"key")])
     ((_, contents),) = outgoing.finish()
     assert isinstance(contents, jax.Array)
     zeros = []
     zero = host._zero
-    host._zero = lambda array: zeros.append((array.unsafe_buffer_pointer(), zero(array)))
+
+    def watched(array: jax.Array) -> None:
+        zeros.append((array.unsafe_buffer_pointer(), zero(array)))
+
+    monkeypatch.setattr(host, "_zero", watched)
     swaps = [SwapIn(7, 9)]
     found = host.swap_in(on_device, swaps, host.read([7]))  # reads it first, whenever it runs
     host.erase([7, 8])
