@@ -15,6 +15,7 @@ ARGS ?=
 # Two workers suit two cores; a file stays on one worker, so that its fixtures load once.
 PYTEST_ARGS ?= -n 2 --dist loadfile
 OCTAVO_FUZZ_EXAMPLES ?= 20000
+OCTAVO_KILLS ?= 50
 
 .PHONY: help
 help: ## list the targets
@@ -80,6 +81,11 @@ gpu-check: ## on an NVIDIA GPU: check the kernels on the device and time them; A
 fuzz: $(READY) ## millions of random pool and scheduler operations; OCTAVO_FUZZ_EXAMPLES=…
 	OCTAVO_FUZZ_EXAMPLES=$(OCTAVO_FUZZ_EXAMPLES) \
 		$(BIN)/python -m pytest tests/core/test_stateful.py --timeout 0 $(ARGS)
+
+.PHONY: kills
+kills: $(READY) ## kill -9 whole engines while they write their disk tier; OCTAVO_KILLS=…
+	OCTAVO_KILLS=$(OCTAVO_KILLS) \
+		$(BIN)/python -m pytest tests/runtime/test_engine_kills.py --timeout 0 -s $(ARGS)
 
 .PHONY: bench
 bench: setup ## benchmarks/, as docs/benchmarks/ reports them; ARGS=…

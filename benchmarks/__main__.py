@@ -137,6 +137,54 @@ def overload(
     )
 
 
+@app.command
+def turns(
+    *,
+    config: Annotated[Path, Parameter(name=["--config", "-c"])] = Path(
+        "configs/smollm2-135m-cpu.yaml"
+    ),
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    users: int = 16,
+    turns: int = 8,
+    active: int = 4,
+    small: str = "36MiB",
+    host: str = "160MiB",
+    disk: str = "1GiB",
+    case: Annotated[list[str] | None, SEVERAL] = None,
+    rounds: int = 2,
+    restart: bool = True,
+    output: Path = RESULTS,
+) -> int:
+    """Hold chats of several turns: prefix hit rate and time to the first token, tier by tier.
+
+    Args:
+      config: a YAML file, whose pool holds all chats.
+      set_: key=value that replaces the config's, dotted.
+      users: who chat.
+      turns: of each chat.
+      active: users that are served at once.
+      small: bytes of a pool that is too small for all chats.
+      host: bytes of the host tier.
+      disk: bytes of the disk tier.
+      case: off on small host; all by default.
+      rounds: how often all cases are run, in turn.
+      restart: also one more turn after a restart, with the disk tier and without.
+      output: folder for the JSON.
+    """
+    from benchmarks import turns as benchmark
+
+    sizes = benchmark.Sizes(users, turns, active, small, host, disk)
+    return benchmark.run(
+        config,
+        tuple(set_ or ()),
+        sizes,
+        case or benchmark.CASES,
+        rounds=rounds,
+        restart=restart,
+        folder=output,
+    )
+
+
 @app.command(help_flags=[])
 def attention(*options: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
     """Check and time attention backends on this device; `attention --help` lists the options."""

@@ -142,6 +142,12 @@ class CacheConfig:
         contents are merged afterwards, while their requests run (docs/isolation.md).
       host_memory: bytes of the host's memory for blocks that had to leave the pool: they come
         back by a transfer where they would be computed again. 0: none.
+      disk_path: a folder, for this user alone, for blocks that left the pool, and at the end for
+        those that didn't: a restart finds them. They come back through the host's memory, so it
+        takes host_memory. A relative path starts at the config file's folder. Empty: none.
+      disk_size: most bytes of files in that folder, whatever models they are of.
+      swap: `auto` brings a block back where that is quicker than computing it, by what both took
+        at the start; `always` brings it back, and measures nothing.
     """
 
     block_size: int = 16
@@ -156,6 +162,9 @@ class CacheConfig:
     isolation: Isolation = "domain"
     observability: Observability = "open"
     host_memory: int = 0
+    disk_path: str = ""
+    disk_size: int = 0
+    swap: Literal["auto", "always"] = "auto"
 
     def milliseconds_to_live(self, tenant: str) -> int:
         """How long what a tenant's requests leave may stay unused; 0: without limit."""
@@ -267,6 +276,11 @@ def resolve_public_prefixes(config: Config) -> list[Path]:
     return [_beside(config, path) for path in config.cache.public_prefixes]
 
 
+def resolve_disk_path(config: Config) -> Path | None:
+    """The folder of `cache.disk_path`, taken from the config file's folder; None without one."""
+    return _beside(config, config.cache.disk_path) if config.cache.disk_path else None
+
+
 def _beside(config: Config, path: str) -> Path:
     """A path in a config: a relative one starts at the config file's folder."""
     expanded = Path(path).expanduser()
@@ -331,6 +345,19 @@ def _check(config: Config) -> None:
         raise ConfigError(
             "cache.observability is constant, so no prompt is looked up and nothing would come "
             "back from cache.host_memory; leave one of the two out"
+        )
+    if cache.disk_size < 0:
+        raise ConfigError(f"cache.disk_size is {cache.disk_size}; it must be at least 0")
+    if bool(cache.disk_path) != bool(cache.disk_size):
+        given, other = ("path", "size") if cache.disk_path else ("size", "path")
+        raise ConfigError(
+            f"cache.disk_{given} is given, but a disk tier takes cache.disk_{other} too; "
+            "give both or neither"
+        )
+    if cache.disk_path and not cache.host_memory:
+        raise ConfigError(
+            "cache.disk_path keeps blocks that come back through the host's memory; give "
+            "cache.host_memory too, or leave the disk out"
         )
     positive: Sequence[tuple[str, int | None]] = (
         ("cache.num_blocks", cache.num_blocks),

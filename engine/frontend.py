@@ -79,6 +79,11 @@ class EngineStats:
     finished: dict[str, int]
     failed_steps: int
     uptime_seconds: float
+    restored_blocks: int
+    disk_read_bytes: int
+    disk_written_blocks: int
+    disk_written_bytes: int
+    disk_dropped_blocks: int
 
 
 class Engine:
@@ -109,7 +114,14 @@ class Engine:
         self._num_long_texts = 0
         self._usage = UsageByDomain()
         self._public: queue.SimpleQueue[StepOutput | Rejected] = queue.SimpleQueue()
-        self._loop = EngineLoop(loaded.runner, loaded.limits, self._deliver, record, record_tokens)
+        self._loop = EngineLoop(
+            loaded.runner,
+            loaded.limits,
+            self._deliver,
+            record,
+            record_tokens,
+            disk=loaded.disk,
+        )
         try:
             self._compute_public_prefixes(progress)
         except BaseException:
@@ -263,6 +275,7 @@ class Engine:
     def stats(self) -> EngineStats:
         """Where the engine stands."""
         totals = self._loop.totals
+        disk = self._loaded.disk.counts() if self._loaded.disk else None
         running, waiting, (free, cached, owned) = self._loop.gauges
         return EngineStats(
             running=running,
@@ -288,6 +301,11 @@ class Engine:
             finished=dict(totals.finished),
             failed_steps=totals.failed_steps,
             uptime_seconds=time.monotonic() - self._started,
+            restored_blocks=self._loop.tiers.num_restored,
+            disk_read_bytes=disk.bytes_read if disk else 0,
+            disk_written_blocks=disk.written if disk else 0,
+            disk_written_bytes=disk.bytes_written if disk else 0,
+            disk_dropped_blocks=disk.dropped if disk else 0,
         )
 
     def usage(self, domain: Domain) -> DomainUsage:
@@ -299,8 +317,10 @@ class Engine:
         self._loop.on_step = on_step
 
     def close(self) -> None:
-        """Abort what is running and stop the step loop."""
+        """Abort what is running, stop the step loop, and write what the disk tier still gets."""
         self._loop.close()
+        if self._loaded.disk is not None:
+            self._loaded.disk.close()
         self._text_threads.shutdown(wait=False)
 
     def _compute_public_prefixes(self, progress: Callable[[str, int, int], None] | None) -> None:

@@ -20,14 +20,24 @@ from jax.experimental.compilation_cache import compilation_cache
 
 from engine.config import Architecture, Backend, Config, ConfigError, resolve_source
 from engine.core.buckets import bucket_set
+from engine.core.costs import keeping_pays
 from engine.core.limits import Limits
 from engine.memory_plan import config_blocks, host_blocks, kv_copies
-from engine.model.attention import Attention, Resolved, Shape, check_supported, resolve_backend
+from engine.model.attention import (
+    Attention,
+    Resolved,
+    Shape,
+    check_supported,
+    resolve_backend,
+)
 from engine.model.decoder import abstract_decoder
 from engine.model.sampler import MAX_STOP_IDS
 from engine.runtime import compiles
+from engine.runtime.disk_tier import DiskTier
+from engine.runtime.measure import measure
 from engine.runtime.mesh import make_mesh, weight_shardings
 from engine.runtime.runner import Runner, RunnerShape
+from engine.runtime.tiers import open_disk_tier
 from engine.sampling import MAX_STOP_TOKENS
 from engine.text import Tokenizer
 from engine.weights import Checkpoint, load_params, open_checkpoint, with_kv_copies
@@ -58,6 +68,7 @@ class LoadedEngine:
     limits: Limits
     runner: Runner
     compiles_after_warmup: Callable[[], int]
+    disk: DiskTier | None = None
 
 
 def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngine:
@@ -83,6 +94,7 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     mesh = make_mesh(config.mesh, arch)
     check_attention(config, arch, resolved.backend)
     copies = kv_copies(arch, config.mesh.tensor)
+    disk = open_disk_tier(config, limits, with_kv_copies(arch, copies), resolved.backend)
     model = abstract_decoder(with_kv_copies(arch, copies), jnp.dtype(config.model.dtype))
     shape = runner_shape(config, limits)
     with _enough_memory(
@@ -110,6 +122,16 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
         f"lower scheduler.max_step_tokens or scheduler.max_num_seqs, or {smaller_cache}",
     ):
         runner.warm_up(functools.partial(show, "Compiling"))
+    if runner.host is not None and config.cache.swap == "auto":
+        costs = measure(runner, limits)
+        limits = costs.apply(limits)
+        block_bytes = runner.host.block_bytes
+        log.info("swapping: %s", costs.describe(block_bytes, limits.block_size))
+        if not keeping_pays(limits):
+            log.warning(
+                "computing a block is always quicker than bringing it back, so the host tier stays "
+                "empty; leave cache.host_memory out"
+            )
     log.info(
         "%s: attention %s (%s) on %s, %d blocks of %d tokens in %s, buckets %s",
         checkpoint.format,
@@ -131,6 +153,7 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
         limits=limits,
         runner=runner,
         compiles_after_warmup=compiles.counter(),
+        disk=disk,
     )
 
 

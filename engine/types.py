@@ -189,6 +189,7 @@ class SwapOut(NamedTuple):
     block: int
     slot: int
     key: bytes  # names the contents
+    expires: int = 0  # milliseconds on the scheduler's clock until which they may stay; 0: no limit
 
 
 class SwapIn(NamedTuple):

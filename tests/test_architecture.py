@@ -217,12 +217,13 @@ def test_a_file_is_short_enough_to_read_and_says_what_it_is(path: Path) -> None:
 
 def test_the_path_from_request_to_token_reads_in_an_hour() -> None:
     path = [ROOT / "engine" / "types.py", *_sources("engine/core", "engine/model")]
-    # Beside the path: what paging is compared with, a tier below it, a number for admission, what
-    # may stay in the cache and for whom, sharing that can't be observed, beam search, shapes that
-    # are chosen at the start, and what is only looked at; and the checks of what a client asks for,
-    # in engine/sampling.py.
-    beside = ("contiguous.py", "host_tier.py", "forecast.py", "retention.py", "public.py")
-    beside += ("upkeep.py", "merging.py", "beams.py", "buckets.py", "inspection.py")
+    # Beside the path: what paging is compared with, the tiers below it, numbers for admission and
+    # swapping, what may stay in the cache and for whom, sharing that can't be observed, beams,
+    # shapes that are chosen at the start, and what is only looked at; and the checks of what a
+    # client asks for, also in engine/sampling.py.
+    beside = ("contiguous.py", "host_tier.py", "restoring.py", "forecast.py", "costs.py")
+    beside += ("retention.py", "public.py", "upkeep.py", "merging.py", "beams.py", "buckets.py")
+    beside += ("inspection.py", "admission.py")
     path = [file for file in path if file.name not in beside]
     path += [ROOT / "engine" / "runtime" / name for name in ("runner.py", "step.py")]
     assert sum(len(file.read_text().splitlines()) for file in path) < MAX_LINES_REQUEST_TO_TOKEN

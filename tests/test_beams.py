@@ -162,7 +162,7 @@ def test_a_search_in_a_small_pool_replays_from_the_event_log(
     replayed = replay(log, check=True)
     assert (replayed.requests, replayed.tokens) == (5, 7 * 100)
     (tmp_path / "damaged.jsonl").write_text(
-        re.sub(r'("beams":\[\[\d+,\[)', r"\1[1,0.0],", log.read_text(), count=1)
+        re.sub(r'("beams":\[\[\d+,\[)', r"\1[0,0.0],", log.read_text(), count=1)
     )
     with pytest.raises(LogError, match=r"step \d+ (has the same rows with other|differs)"):
         replay(tmp_path / "damaged.jsonl")

@@ -15,7 +15,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from engine.config import Architecture, Config, ConfigError, RopeScaling, resolve_source
+from engine.config import (
+    Architecture,
+    Config,
+    ConfigError,
+    RopeScaling,
+    resolve_disk_path,
+    resolve_source,
+)
 from engine.config_file import from_tree, load, parse_size
 
 ROPE_SCALING = {
@@ -217,6 +224,34 @@ def test_the_cache_size_is_given_exactly_once(cache: dict[str, Any]) -> None:
 def test_a_cache_size_in_bytes_is_read() -> None:
     tree = {**SMALLEST, "cache": {"memory": "1.5GiB"}}
     assert from_tree(tree).cache.memory == 3 * 2**29
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (
+            {"disk_path": "blocks"},
+            "cache.disk_path is given, but a disk tier takes cache.disk_size",
+        ),
+        ({"disk_size": "1GiB"}, "cache.disk_size is given, but a disk tier takes cache.disk_path"),
+        ({"disk_path": "blocks", "disk_size": -1}, "cache.disk_size is -1; it must be at least 0"),
+        ({"disk_path": "blocks", "disk_size": "1GiB"}, "give cache.host_memory too, or leave"),
+        ({"swap": "never"}, "cache.swap is 'never'; it must be one of auto, always"),
+    ],
+)
+def test_a_disk_tier_takes_a_folder_a_size_and_a_host_tier(
+    changes: dict[str, Any], message: str
+) -> None:
+    assert message in _error(_tree(*((f"cache.{key}", value) for key, value in changes.items())))
+
+
+def test_a_disk_tier_s_folder_starts_at_the_config_s(tmp_path: Path) -> None:
+    disk = {"host_memory": "1MiB", "disk_path": "../blocks", "disk_size": "1GiB"}
+    tree = {**SMALLEST, "cache": {"num_blocks": 8, **disk}}
+    config = from_tree(tree, path=str(tmp_path / "configs" / "a.yaml"))
+    assert config.cache.disk_size == 2**30
+    assert resolve_disk_path(config) == tmp_path / "blocks"
+    assert resolve_disk_path(from_tree(SMALLEST)) is None
 
 
 @pytest.mark.parametrize(

@@ -162,6 +162,13 @@ class BlockPool:
         evicted, self._evicted = self._evicted, []
         return evicted
 
+    def cached(self) -> list[Evicted]:
+        """What is cached, that which would be evicted last first."""
+        return [
+            Evicted(block, self._key_of[block], self.retention.tag_of(block), expires)
+            for block, expires in reversed(self._cached.items())
+        ]
+
     def expire(self) -> None:
         """Give up the cached blocks whose time is over."""
         for block, expires in self.retention.due():

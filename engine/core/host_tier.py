@@ -14,6 +14,8 @@ from engine.core.block_pool import Evicted
 from engine.core.retention import Tag
 from engine.types import Domain, StepPlan
 
+NO_BLOCK = -1
+
 
 class _Entry(NamedTuple):
     slot: int
@@ -41,6 +43,9 @@ class HostTier:
     def __len__(self) -> int:
         return len(self._entries)
 
+    def __contains__(self, key: bytes) -> bool:
+        return key in self._entries
+
     def put(self, evicted: Evicted, step: int) -> int | None:
         """A slot for what was evicted, to be filled by the plan of that step.
 
@@ -60,6 +65,13 @@ class HostTier:
         self._entries[key] = _Entry(slot, step, tag, expires)
         return slot
 
+    def restore(self, key: bytes, tag: Tag, expires: int, step: int) -> int | None:
+        """A slot for a block that came from below, to be filled before the plan of that step.
+
+        If it is to be erased, that must have been done by then (`take_erased`), and not later.
+        """
+        return self.put(Evicted(NO_BLOCK, key, tag, expires), step)
+
     def match(self, keys: Sequence[bytes]) -> list[int]:
         """The slots of the longest prefix of `keys` that is here."""
         slots = []
@@ -67,16 +79,18 @@ class HostTier:
             entry = self._entries.get(key)
             if entry is None:
                 break
-            self._entries.move_to_end(key)
             slots.append(entry.slot)
+        for key in reversed(keys[: len(slots)]):  # the end gives way before the beginning
+            self._entries.move_to_end(key)
         return slots
 
     def undo(self, plans: Sequence[StepPlan]) -> None:
         """Drop what these latest plans put here: they failed. What they were to erase still is."""
         steps = {plan.step for plan in plans}
         self._drop(lambda entry: entry.step in steps)
-        for plan in plans:
-            self._erased += plan.erased_slots
+        free = set(self._free)
+        for plan in plans:  # unless something was restored there since, which was erased before
+            self._erased += [slot for slot in plan.erased_slots if slot in free]
 
     def expire(self, now: int) -> None:
         """Drop what must not be kept any longer. O(slots), when something is due."""
@@ -90,6 +104,10 @@ class HostTier:
         self._drop(
             lambda entry: entry.tag.domain is not None and domain in (None, entry.tag.domain)
         )
+
+    def entries(self) -> list[tuple[bytes, int, int]]:
+        """Key, slot and expiry of each, most recently used first."""
+        return [(key, entry.slot, entry.expires) for key, entry in reversed(self._entries.items())]
 
     def take_erased(self) -> list[int]:
         """Slots that were given up since the last call; they may be in use again."""

@@ -17,6 +17,9 @@ class Limits:
     host tier, 0 for none. `allocator` is "contiguous" for what paging is compared with.
 
     `merge_blocks` takes the place of `prefix_reuse` where hits must not be observable (`merging`).
+    What was measured, 0 for unknown, see `costs`: nanoseconds of a plan that transfers anything
+    (`transfer_ns`), of a block's way in and out (`swap_in_ns`, `swap_out_ns`) and of computing a
+    token (`compute_ns`), and picoseconds for each position before it (`attend_ps`).
 
     After `max_preemptions`, a sequence starts with every block it can need, and is left alone.
 
@@ -36,11 +39,16 @@ class Limits:
     allocator: Allocator = "paged"
     max_preemptions: int = 4
     fingerprint: str = ""
+    transfer_ns: int = 0
+    swap_in_ns: int = 0
+    swap_out_ns: int = 0
+    compute_ns: int = 0
+    attend_ps: int = 0
 
     def __post_init__(self) -> None:
         for field in dataclasses.fields(self):
             value = getattr(self, field.name)
-            least = 0 if field.name == "host_blocks" else 1
+            least = 0 if field.name == "host_blocks" or field.name.endswith(("_ns", "_ps")) else 1
             if type(value) is int and not least <= value <= MAX_INT32:
                 raise ValueError(f"{field.name} is {value}; it must be from {least} to {MAX_INT32}")
         if self.allocator == "contiguous" and (

@@ -5,10 +5,11 @@ first, so a long prompt never stalls a stream); then running prompts get chunks;
 requests are admitted, by priority and arrival, each with blocks for all its known tokens, so
 that only decodes ever need a block on the way, and if what the running ones are expected to need
 is left. A decode that finds no block preempts the lowest rank that was not preempted too often,
-which finds its blocks in the host tier later, or is recomputed. Nothing overtakes the head of the
-queue, so nothing starves. A request's forks start when its prompt is computed, on its blocks;
-whoever then writes to a shared block first gets a copy of it. Beams advance together or not at
-all, in a plan that is made once the tokens they go on with are known.
+which later takes its blocks from the host tier, or is recomputed where that is quicker (`costs`).
+Nothing overtakes the head of the queue, so nothing starves. A request's forks start when its
+prompt is computed, on its blocks; whoever then writes to a shared block first gets a copy of it.
+Beams advance together or not at all, in a plan that is made once the tokens they go on with are
+known.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ from collections.abc import Iterator
 
 from engine.core import beams
 from engine.core.core import Core, Holding
+from engine.core.costs import keeping_pays, restoring_pays
 from engine.core.forecast import fits_with_all
 from engine.core.limits import Limits
 from engine.core.sequences import NO_SLOT, Sequence
@@ -52,7 +54,7 @@ def plan_step(core: Core, limits: Limits) -> StepPlan:
         rows=tuple(rows),
         block_copies=tuple(copies),
         preempted=tuple(preempted),
-        swap_outs=tuple(_swap_out(core)),
+        swap_outs=tuple(_swap_out(core, limits)),
         swap_ins=tuple(swap_ins),
         erased_blocks=tuple(erased),
         erased_slots=tuple(core.host.take_erased()),
@@ -132,15 +134,16 @@ def _give_block(seq: Sequence, core: Core, copies: list[BlockCopy]) -> None:
         copies.append(BlockCopy(shared, block))
 
 
-def _swap_out(core: Core) -> Iterator[SwapOut]:
+def _swap_out(core: Core, limits: Limits) -> Iterator[SwapOut]:
     """Give what this step evicted a place in the host tier.
 
     At the step's end: what goes out with a plan comes in with a later one at the earliest.
     """
-    for evicted in core.pool.take_evicted():
+    gone = core.pool.take_evicted()
+    for evicted in gone if keeping_pays(limits) else ():
         slot = core.host.put(evicted, core.step)
         if slot is not None:
-            yield SwapOut(evicted.block, slot, evicted.key)
+            yield SwapOut(evicted.block, slot, evicted.key, evicted.expires)
 
 
 def _admit_waiting(
@@ -165,6 +168,8 @@ def _admit_waiting(
             seq.extend_keys(most, block_size, limits.fingerprint, core.public.keys)
             hits = core.pool.match(seq.keys[:most])
             slots = core.host.match(seq.keys[len(hits) : most])
+            if not restoring_pays(limits, len(hits), len(slots)):
+                slots = []
         needed = core.blocks_to_start(seq) + core.pool.num_cached(hits) - len(hits)
         # One block of growth for each running sequence, so that an admission doesn't make
         # the very next steps preempt.

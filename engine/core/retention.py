@@ -51,13 +51,19 @@ class Retention:
         """It can't be found any more."""
         return self._tags.pop(block)
 
+    def tag_of(self, block: int) -> Tag:
+        """Whose the contents of a block are that can be found."""
+        return self._tags[block]
+
+    def expiry(self, tag: Tag) -> int:
+        """When something expires that nobody uses from now on; 0 for never."""
+        return self.now + tag.time_to_live if tag.time_to_live else 0
+
     def leave(self, block: int) -> int:
         """Its last owner left it, and it can be found. Returns when it expires, 0 for never."""
-        time_to_live = self._tags[block].time_to_live
-        if not time_to_live:
-            return 0
-        expires = self.now + time_to_live
-        heapq.heappush(self._expiries, (expires, block))
+        expires = self.expiry(self._tags[block])
+        if expires:
+            heapq.heappush(self._expiries, (expires, block))
         return expires
 
     def free(self, block: int, *, erase: bool) -> None:

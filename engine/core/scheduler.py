@@ -12,14 +12,13 @@ from __future__ import annotations
 from typing import NamedTuple
 
 from engine.core import beams, inspection, merging, planning
+from engine.core.admission import check_request
 from engine.core.block_pool import PoolCounts
 from engine.core.core import Core, Holding
-from engine.core.limits import MAX_INT32, Limits
+from engine.core.limits import Limits
 from engine.core.sequences import Sequence
-from engine.sampling import InvalidRequest
 from engine.types import (
     FinishReason,
-    QueueFull,
     Request,
     StepOutput,
     StepPlan,
@@ -123,59 +122,7 @@ def admit(state: SchedulerState, limits: Limits, request: Request) -> SchedulerS
       QueueFull: `limits.max_waiting` requests wait already. The state is still good after
         either error.
     """
-    num_prompt = len(request.prompt_ids)
-    names = request.names
-    for index, name in enumerate(names):
-        if name in state or name in names[:index]:
-            raise InvalidRequest("request_id", f"{name!r} is already running")
-    width = request.sampling.beam_width
-    field, what = ("beam_width", "beams") if width > 1 else ("n", "samples")
-    if width > 1 and len(names) != width:
-        raise InvalidRequest(field, f"is {width}, but the request has {len(names)} sequences")
-    if request.forks and limits.allocator == "contiguous":
-        raise InvalidRequest(field, f"the contiguous allocator shares no prompt; ask for no {what}")
-    if len(names) > limits.max_num_seqs:
-        raise InvalidRequest(
-            field,
-            f"{len(names)} {what} of a prompt run at once, but the engine runs at most "
-            f"{limits.max_num_seqs} sequences; lower {field} or raise scheduler.max_num_seqs",
-        )
-    if num_prompt == 0:
-        raise InvalidRequest("prompt", "is empty; give at least one token")
-    if num_prompt + 1 > limits.max_model_len:
-        raise InvalidRequest(
-            "prompt",
-            f"has {num_prompt} tokens, but with one token of output the model takes at most "
-            f"{limits.max_model_len - 1}; shorten it or raise model.max_model_len",
-        )
-    for token in (min(request.prompt_ids), max(request.prompt_ids)):
-        if not 0 <= token <= MAX_INT32:
-            raise InvalidRequest("prompt", f"token id {token} is not in [0, {MAX_INT32}]")
-    if request.max_tokens < 1:
-        raise InvalidRequest(
-            "max_tokens", f"{request.max_tokens} is below 1; ask for at least one token"
-        )
-    max_total = min(num_prompt + request.max_tokens, limits.max_model_len)
-    longest = max_total - 1  # the last token is sampled but never fed back into the cache
-    num_blocks = limits.num_blocks - len(state.core.public.keys)
-    if -(-longest // limits.block_size) > num_blocks:
-        raise InvalidRequest(
-            "max_tokens",
-            f"prompt and output may reach {longest} tokens, but the whole cache holds "
-            f"{num_blocks * limits.block_size}; lower max_tokens or enlarge the cache",
-        )
-    most = beams.most_blocks(num_prompt, max_total, width, limits.block_size)
-    if most > num_blocks:
-        raise InvalidRequest(
-            "beam_width",
-            f"{width} beams of up to {longest} tokens may take {most} blocks, but the whole cache "
-            f"has {num_blocks}; lower beam_width or max_tokens, or enlarge the cache",
-        )
-    if state.num_waiting + len(request.forks) >= limits.max_waiting:
-        raise QueueFull(f"{limits.max_waiting} requests are waiting already; try again later")
-    if request.is_public:
-        others = (seq.request for seq in state.core.sequences.values())
-        state.core.public.check_admission(request, limits, others)
+    max_total = check_request(state.core, limits, request)
     core = state._take()
     core.add(request, max_total)
     return SchedulerState(core)

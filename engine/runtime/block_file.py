@@ -29,6 +29,7 @@ import os
 import stat
 import struct
 import sys
+from typing import Any, Protocol
 
 import ml_dtypes  # noqa: F401 - teaches NumPy the names bfloat16 and float8_*
 import numpy as np
@@ -54,6 +55,18 @@ class Miss(enum.StrEnum):
     EXPIRED = "expired"  # its time to live is over
     NOT_A_FILE = "not_a_file"  # a symbolic link, a folder, a pipe
     UNREADABLE = "unreadable"  # the file system said no
+
+
+class Block(Protocol):
+    """A block's contents, in NumPy or in what NumPy can read, such as a jax array."""
+
+    @property
+    def shape(self) -> tuple[int, ...]: ...
+    @property
+    def dtype(self) -> Any: ...
+    @property
+    def nbytes(self) -> int: ...
+    def __array__(self) -> np.ndarray: ...
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

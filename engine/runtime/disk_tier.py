@@ -23,7 +23,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.runtime.block_file import NEVER, BlockLayout, Miss
+from engine.runtime.block_file import NEVER, Block, BlockLayout, Miss
 from engine.runtime.block_folder import BlockFolder
 from engine.runtime.prefix_fetch import PrefixFetch
 
@@ -53,7 +53,7 @@ class TierCounts(NamedTuple):
 class _Queued(NamedTuple):
     """A block on its way to the disk. Without an array it was forgotten on the way."""
 
-    array: np.ndarray | None
+    array: Block | None
     expires: float
 
 
@@ -144,8 +144,11 @@ class DiskTier:
             queued = self._queued.get(name)
             return queued.array is not None if queued else name in self._files
 
-    def put(self, key: bytes, array: np.ndarray, expires: float = NEVER) -> bool:
-        """Take a copy of a block, to be written soon. Can be read at once.
+    def put(self, key: bytes, array: Block, expires: float = NEVER) -> bool:
+        """Take a block over, to be written soon. Can be read at once.
+
+        Nothing is copied on the caller's thread, so nobody may write to the array any more; what
+        it takes to read it as NumPy is left to the thread that writes.
 
         Args:
           key: 32 bytes that name the contents, see `core/block_keys.py`.
@@ -159,7 +162,7 @@ class DiskTier:
         Raises:
           ValueError: the key or the array isn't of this layout.
         """
-        if array.shape != self.layout.shape or array.dtype.name != self.layout.dtype:
+        if tuple(array.shape) != self.layout.shape or array.dtype.name != self.layout.dtype:
             raise ValueError(
                 f"a block of this tier is {self.layout.dtype}{list(self.layout.shape)}, "
                 f"not {array.dtype.name}{list(array.shape)}"
@@ -181,14 +184,8 @@ class DiskTier:
                 self._counts["dropped"] += 1
                 return False
             self._num_queued_bytes += array.nbytes
-        copy = np.array(array, order="C")
-        copy.setflags(write=False)
-        with self._lock:
-            if name in self._queued or not self._open:  # another thread was quicker
-                self._num_queued_bytes -= copy.nbytes
-                return self._open
             self._unremovable.discard(name)
-            self._queued[name] = _Queued(copy, expires)
+            self._queued[name] = _Queued(array, expires)
             self._writers.submit(self._write, key, name)
         return True
 
@@ -205,7 +202,10 @@ class DiskTier:
         if not readable or (queued and queued.array is None):
             outcome = Miss.ABSENT
         elif queued and queued.array is not None:
-            outcome = queued.array if time.time() < queued.expires else Miss.EXPIRED
+            outcome = Miss.EXPIRED
+            if time.time() < queued.expires:
+                outcome = np.asarray(queued.array).view()
+                outcome.setflags(write=False)
         else:
             outcome = self._folder.read(key)
         with self._lock:
@@ -326,7 +326,10 @@ class DiskTier:
             self._survey_if_due()
             if not self._make_room(name):
                 return False
-            return self._folder.write(key, queued.array, queued.expires)
+            array = np.ascontiguousarray(queued.array)
+            return self._folder.write(key, array, queued.expires)
+        except RuntimeError:  # jax: it was erased in the meantime
+            return False
         except OSError as error:
             self._stop_writing(error)
             return False

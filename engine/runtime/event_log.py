@@ -142,6 +142,14 @@ class Fail(Event, frozen=True):
     fail: tuple[Count, ...]
 
 
+class Restore(Event, frozen=True):
+    """Blocks of a waiting request's prompt came into the host tier from below it."""
+
+    restore: str
+    first: Count
+    count: Count
+
+
 class Tick(Event, frozen=True):
     """Time passed, in milliseconds."""
 
@@ -154,7 +162,7 @@ class Flush(Event, frozen=True):
     flush: tuple[str, str] | None  # tenant and salt
 
 
-EVENTS = (Admit, AdmitRequest, Abort, Schedule, Commit, CommitTokens, Fail, Tick, Flush)
+EVENTS = (Admit, AdmitRequest, Abort, Schedule, Commit, CommitTokens, Fail, Restore, Tick, Flush)
 _KINDS: dict[str, type[Event]] = {kind.__struct_fields__[0]: kind for kind in EVENTS}
 
 

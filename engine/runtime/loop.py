@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import heapq
 import logging
 import queue
 import threading
@@ -22,17 +21,17 @@ from engine.core import batching, scheduler, upkeep
 from engine.core.block_pool import PoolCounts
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
+from engine.runtime.clocks import CacheClock, Deadlines
+from engine.runtime.disk_tier import DiskTier
 from engine.runtime.figures import StepRecord, Totals
 from engine.runtime.recorder import Recorder
 from engine.runtime.runner import Launched, Runner
+from engine.runtime.tiers import Arrival, Tiers
 from engine.runtime.waits import Waits
 from engine.sampling import InvalidRequest
 from engine.types import Domain, FinishReason, QueueFull, Request, StepOutput, StepPlan
 
 log = logging.getLogger(__name__)
-
-_TICK = 0.1  # seconds between two looks at the clock, for what the cache may not keep
-_MIN_DEADLINES = 1024  # deadlines of ended requests that are kept before it pays to tidy up
 
 
 class EngineStopped(RuntimeError):
@@ -59,7 +58,11 @@ class _Flush(NamedTuple):
     done: Future[int]
 
 
-_Event = Request | _Abort | _Flush | None
+class _Wake(NamedTuple):
+    """Blocks that a request waits for were read."""
+
+
+_Event = Request | _Abort | _Flush | _Wake | None
 
 
 class _InFlight(NamedTuple):
@@ -82,6 +85,7 @@ class EngineLoop:
       record: file to write the event log to.
       record_tokens: with requests and token ids in full.
       on_step: called with each step's figures, for benchmarks.
+      disk: the tier below the runner's host tier.
     """
 
     def __init__(
@@ -92,6 +96,7 @@ class EngineLoop:
         record: str | None = None,
         record_tokens: bool = False,
         on_step: Callable[[StepRecord], None] | None = None,
+        disk: DiskTier | None = None,
     ):
         self.limits = limits
         self.totals = Totals()
@@ -106,14 +111,19 @@ class EngineLoop:
         self._taken: list[_Event] = []  # from the inbox, not dealt with yet
         self._entry = threading.Lock()  # guards it; nothing is submitted once `_closing` is set
         self._live: dict[str, Request] = {}  # by each name that news of theirs come under
-        self._deadlines: list[tuple[float, str]] = []
+        self._deadlines = Deadlines()
+        self._clock = CacheClock()
         self._planned: StepPlan | None = None  # planned, but not launched yet
+        self.tiers = Tiers(
+            disk,
+            runner.host if disk else None,
+            limits,
+            wake=lambda: self._inbox.put(_Wake()),
+            clock=lambda: self._clock.now,
+        )
         self._recorder = Recorder(record, limits, tokens=record_tokens) if record else None
         self._waits = Waits()
         self._closing = False
-        self._started = time.monotonic()
-        self._ticked = 0.0  # seconds after that
-        self._keeps_time = False  # whether there is anything that may not be kept forever
         self._last_wait_end = 0.0
         self._gauges = (0, 0, self._state.pool)
         self._num_pinned = 0
@@ -124,7 +134,7 @@ class EngineLoop:
     def gauges(self) -> tuple[int, int, PoolCounts]:
         """Sequences running and waiting, and blocks by state, after the last step."""
         running, waiting, pool = self._gauges
-        return running, waiting + self._num_submitted, pool
+        return running, waiting + self._num_submitted + self.tiers.num_held, pool
 
     @property
     def is_alive(self) -> bool:
@@ -186,9 +196,11 @@ class EngineLoop:
         try:
             while self._take_events(may_wait=in_flight is None and self._state.is_idle):
                 in_flight = self._step(in_flight)
-            if in_flight is not None:
-                with contextlib.suppress(Exception):  # nobody is left to be told
+            with contextlib.suppress(Exception):  # nobody is left to be told
+                if in_flight is not None:
                     in_flight.launched.wait()
+                    self.tiers.keep(in_flight.launched)
+                self.tiers.save(self._state, lambda: self._runner.kv_pool)
         except Exception:
             log.exception("the engine loop stopped; its requests end with an error")
             self._fail_everything()
@@ -240,6 +252,7 @@ class EngineLoop:
         begin = time.perf_counter()
         tokens = step.launched.wait()
         waited = time.perf_counter()
+        self.tiers.keep(step.launched)
         plan = step.launched.plan
         self._record(lambda recorder: recorder.commit(plan, tokens))
         self._state, outputs = scheduler.commit(self._state, plan, tokens, self.limits)
@@ -287,7 +300,7 @@ class EngineLoop:
         self._taken = []
         if may_wait:
             with contextlib.suppress(queue.Empty):
-                self._taken = [self._inbox.get(timeout=self._until_expiry())]
+                self._taken = [self._inbox.get(timeout=self._timeout())]
         # Not more than there are now, however fast they come: running requests go on.
         self._taken += [self._inbox.get() for _ in range(self._inbox.qsize())]
         goes_on = self._apply(self._taken)
@@ -298,59 +311,59 @@ class EngineLoop:
         self._taken = []
         return goes_on
 
-    def _until_expiry(self) -> float | None:
-        """Seconds until something in the cache may not be kept any longer."""
-        expiry = upkeep.next_expiry(self._state)
-        return None if expiry is None else max(0.0, expiry / 1000 - self._now) + _TICK
-
-    @property
-    def _now(self) -> float:
-        return time.monotonic() - self._started
+    def _timeout(self) -> float | None:
+        """Seconds until something is due: blocks that may not be kept any longer, or a request
+        that has waited for its blocks for long enough."""
+        due = (self._clock.timeout(self._state), self.tiers.timeout)
+        return min((seconds for seconds in due if seconds is not None), default=None)
 
     def _tick(self) -> None:
         """Let the scheduler know the time, when it has moved on enough to matter."""
-        if (now := self._now) >= self._ticked + _TICK:
-            self._ticked = now
-            milliseconds = int(now * 1000)
-            self._record(lambda recorder: recorder.tick(milliseconds))
-            self._state = upkeep.tick(self._state, milliseconds)
+        if (now := self._clock.tick()) is not None:
+            self._record(lambda recorder: recorder.tick(now))
+            self._state = upkeep.tick(self._state, now)
 
     def _flush(self, event: _Flush) -> None:
         cached = self._state.pool.cached
         self._record(lambda recorder: recorder.flush(event.domain))
         self._state = upkeep.flush(self._state, event.domain)
+        self.tiers.flush(self._state.core.step)
         event.done.set_result(cached - self._state.pool.cached)
 
     def _apply(self, events: Sequence[_Event]) -> bool:
         """Admit and end requests, those included whose time is up. Returns whether to go on."""
-        if self._keeps_time:
-            self._tick()
+        self._tick()
         news: list[StepOutput | Rejected] = []
         for event in events:
             if event is None:
+                self._admit_all(self.tiers.release(), news)
                 for request_id in list(self._live):
                     news.extend(self._end(request_id, FinishReason.ABORT))
                 self._publish(news)
                 return False
             if isinstance(event, _Abort):
+                self._admit_all(self.tiers.release(event.request_id), news)
                 news.extend(self._end(event.request_id, event.reason))
             elif isinstance(event, _Flush):
                 self._flush(event)
-            else:
-                self._admit(event, news)
-        now = time.monotonic()
-        while self._deadlines and self._deadlines[0][0] <= now:
-            deadline, request_id = heapq.heappop(self._deadlines)
-            request = self._live.get(request_id)
-            if request is not None and request.deadline == deadline:
-                news.extend(self._end(request_id, FinishReason.DEADLINE))
+            elif isinstance(event, Request):
+                self._admit_all(self.tiers.release(*event.names), news)  # they were here first
+                if not self.tiers.hold(self._state, event):
+                    self._admit(Arrival(event), news)
+        self._admit_all(self.tiers.arrivals(), news)
+        for request_id in self._deadlines.take_due(self._live):
+            news.extend(self._end(request_id, FinishReason.DEADLINE))
         self._publish(news)
         return True
 
-    def _admit(self, request: Request, news: list[StepOutput | Rejected]) -> None:
-        if request.cache_ttl and not self._keeps_time:
-            self._keeps_time = True
-            self._tick()
+    def _admit_all(self, arrivals: Sequence[Arrival], news: list[StepOutput | Rejected]) -> None:
+        for arrival in arrivals:
+            self._admit(arrival, news)
+
+    def _admit(self, arrival: Arrival, news: list[StepOutput | Rejected]) -> None:
+        request = arrival.request
+        self._clock.start_for(request)
+        self._tick()
         try:
             self._state = scheduler.admit(self._state, self.limits, request)
         except (InvalidRequest, QueueFull) as error:
@@ -359,17 +372,11 @@ class EngineLoop:
         self._live.update(dict.fromkeys(request.replies, request))
         self._waits.arrived(request.replies, time.perf_counter())
         self._record(lambda recorder: recorder.admit(request))
-        if request.deadline is not None:
-            for name in request.replies:
-                heapq.heappush(self._deadlines, (request.deadline, name))
-            if len(self._deadlines) > 2 * len(self._live) + _MIN_DEADLINES:
-                # Most are of requests that ended long before: keep those that are live.
-                self._deadlines = [
-                    (live.deadline, name)
-                    for name, live in self._live.items()
-                    if live.deadline is not None
-                ]
-                heapq.heapify(self._deadlines)
+        if arrival.blocks:
+            first, count = arrival.first, len(arrival.blocks)
+            self._state = self.tiers.restore(self._state, arrival)
+            self._record(lambda recorder: recorder.restore(request.request_id, first, count))
+        self._deadlines.add(request, self._live)
 
     def _end(self, request_id: str, reason: FinishReason) -> tuple[StepOutput, ...]:
         if request_id not in self._live:
@@ -383,7 +390,7 @@ class EngineLoop:
         """Tell every request, admitted or not, that the loop is gone."""
         with self._entry:
             self._closing = True
-        events = self._taken
+        events = self._taken + [arrival.request for arrival in self.tiers.release()]
         while not self._inbox.empty():
             events.append(self._inbox.get())
         for event in events:

@@ -29,6 +29,7 @@ from engine.runtime.event_log import (
     Fail,
     Flush,
     Header,
+    Restore,
     Schedule,
     Tick,
     Top,
@@ -98,6 +99,11 @@ class Recorder:
         self._file.flush()
         if self._pseudonyms:
             self._pseudonyms.fail(plans)
+
+    def restore(self, request_id: str, first: int, count: int) -> None:
+        """So many blocks of a request's prompt, from number `first` on, came from below the host
+        tier: their keys follow from the request."""
+        self._write(Restore(self._name(request_id), first, count))
 
     def tick(self, now: int) -> None:
         """Time passed, in milliseconds."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from engine.core import scheduler, upkeep
 from engine.core.limits import Limits
+from engine.core.restoring import restore
 from engine.core.scheduler import SchedulerState
 from engine.runtime.event_log import (
     MAX_PROMPT_TOKENS,
@@ -27,6 +28,7 @@ from engine.runtime.event_log import (
     Flush,
     Header,
     LogError,
+    Restore,
     Schedule,
     Tick,
     Top,
@@ -162,6 +164,8 @@ class Replay:
             case CommitTokens(commit_tokens=step, tokens=token_ids, beams=tops):
                 plan = self._planned(step, len(token_ids))
                 outputs = self._commit(plan, StepTokens(token_ids, _logprobs(plan, tops)))
+            case Restore(restore=request_id, first=first, count=count):
+                self.state, _, _ = restore(self.state, limits, request_id, first, count)
             case Tick(tick=now):
                 self.state = upkeep.tick(self.state, now)
             case Flush(flush=domain):

@@ -6,7 +6,7 @@ come to the host when `Launched.wait` asks.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
@@ -21,11 +21,11 @@ from engine.model import sampler
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder
 from engine.runtime.block_copies import BlockCopier, BlockEraser
-from engine.runtime.host_pool import HostPool, Outgoing
+from engine.runtime.host_pool import Contents, HostPool, Outgoing
 from engine.runtime.mesh import kv_scales_sharding, replicated
 from engine.runtime.step import RunnerShape, Step
 from engine.sampling import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
-from engine.types import PlanRow, Request, StepPlan, StepTokens, TokenLogprobs
+from engine.types import PlanRow, Request, StepPlan, StepTokens, SwapIn, TokenLogprobs
 
 
 class Launched:
@@ -34,7 +34,7 @@ class Launched:
     def __init__(self, plan: StepPlan, sampled: sampler.Sampled, outgoing: Outgoing | None = None):
         self.plan = plan
         self._sampled = sampled
-        self._outgoing = outgoing
+        self.outgoing = outgoing
 
     def wait(self) -> StepTokens:
         """Wait for the step and bring over what its requests asked for.
@@ -42,8 +42,8 @@ class Launched:
         Raises whatever the device raised; the runner must then be reset.
         """
         rows, sampled = self.plan.rows, self._sampled
-        if self._outgoing is not None:
-            self._outgoing.finish()
+        if self.outgoing is not None:
+            self.outgoing.finish()
         token_ids = np.asarray(sampled.token_ids)[: len(rows)]
         logprobs: dict[int, TokenLogprobs] = {}
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
@@ -113,7 +113,7 @@ class Runner:
             lambda: sampler.initial_state(shape.max_num_seqs + 1, self.arch.vocab_size),
             out_shardings=replicated(mesh),
         )
-        self._host = (
+        self.host = (
             HostPool(pool, self.arch.num_layers, shape.host_blocks) if shape.host_blocks else None
         )
         self.reset()
@@ -136,8 +136,6 @@ class Runner:
 
     def reset(self) -> None:
         """Fresh device memory: an empty pool and no slot in use. The host tier keeps its blocks."""
-        if self._host is not None:
-            self._host.reset()
         self._kv_pool = self._state = None  # give the old memory back first
         self._kv_pool = self._make_kv_pool()
         self._state = self._make_state()
@@ -183,19 +181,24 @@ class Runner:
         if not plan.moves_blocks:
             return None
         outgoing = contents = None
-        if self._host is not None and plan.swap_ins:
-            contents = self._host.read(plan.swap_ins)
-        if self._host is not None and plan.erased_slots:
-            self._host.erase(plan.erased_slots)
-        if self._host is not None and plan.swap_outs:
-            outgoing = self._host.swap_out(self.kv_pool, plan.swap_outs)
+        if self.host is not None and plan.swap_ins:
+            contents = self.host.read(swap.slot for swap in plan.swap_ins)
+        if self.host is not None and plan.erased_slots:
+            self.host.erase(plan.erased_slots)
+        if self.host is not None and plan.swap_outs:
+            outgoing = self.host.swap_out(self.kv_pool, plan.swap_outs)
         if plan.block_copies:
             self._kv_pool = self._copy_blocks(self.kv_pool, plan.block_copies)
         if plan.erased_blocks:
             self._kv_pool = self._erase_blocks(self.kv_pool, plan.erased_blocks)
-        if self._host is not None and contents is not None:
-            self._kv_pool = self._host.swap_in(self.kv_pool, plan.swap_ins, contents)
+        if contents is not None:
+            self.swap_in(plan.swap_ins, contents)
         return outgoing
+
+    def swap_in(self, swaps: Sequence[SwapIn], contents: Sequence[Contents]) -> None:
+        """Start to copy a host pool's contents to blocks."""
+        assert self.host is not None
+        self._kv_pool = self.host.swap_in(self.kv_pool, swaps, contents)
 
     def _run(self, plan: StepPlan, batch: Batch, outgoing: Outgoing | None = None) -> Launched:
         sampled, self._kv_pool, self._state = self._programs[batching.bucket_of(batch)](

@@ -10,8 +10,9 @@ from pathlib import Path
 import pytest
 
 import benchmarks.engine
-from benchmarks import scheduler
+from benchmarks import scheduler, turns
 from tests.conftest import ROOT
+from tests.runtime.tiny import write_config, write_model
 
 
 def test_the_scheduler_is_measured_in_every_case_over_every_pool(tmp_path: Path) -> None:
@@ -61,3 +62,24 @@ def test_the_module_lists_its_commands() -> None:
     shown = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert "scheduler" in shown
     assert "engine" in shown
+
+
+@pytest.mark.slow
+def test_chats_of_several_turns_are_held_in_each_case(tmp_path: Path) -> None:
+    """On the tiny model, with a pool for one chat and little more; the host tier keeps all."""
+    model = write_model(tmp_path / "model")
+    config = write_config(tmp_path / "a.yaml", model, **{"cache.num_blocks": None})
+    sizes = turns.Sizes(users=3, turns=4, active=1, small="128KiB", host="1MiB", disk="64MiB")
+    options = ("cache.memory=2MiB", "model.max_model_len=256", "cache.swap=always")
+    cases = ("small", "host")
+    assert turns.run(config, options, sizes, cases, rounds=1, restart=True, folder=tmp_path) == 0
+    (report,) = tmp_path.glob("turns-*.json")
+    by_case = {case["case"]: case for case in json.loads(report.read_bytes())["cases"]}
+    assert list(by_case) == [*cases, "disk", "restart, no disk", "restart, disk"]
+    rates = {name: case["hit_rate"] for name, case in by_case.items()}
+    assert rates["restart, no disk"] == 0
+    assert rates["small"] < rates["host"] == rates["disk"]
+    assert rates["host"] > 0.5
+    assert rates["restart, disk"] > 0.7
+    assert by_case["restart, disk"]["restored_blocks"] > 0
+    assert all(0 < case["ttft_p50"] <= case["ttft_p90"] for case in by_case.values())

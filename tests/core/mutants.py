@@ -12,7 +12,16 @@ from collections.abc import Callable
 
 import pytest
 
-from engine.core import beams, inspection, merging, planning, scheduler, sequences
+from engine.core import (
+    admission,
+    beams,
+    inspection,
+    merging,
+    planning,
+    restoring,
+    scheduler,
+    sequences,
+)
 from engine.core.beams import BeamGroup
 from engine.core.block_keys import child_key, root_key
 from engine.core.block_pool import BlockPool
@@ -393,6 +402,33 @@ def restored_blocks_take_no_room(patch: Patch) -> None:
 
 
 @mutant
+def restored_blocks_are_named_as_those_before_them(patch: Patch) -> None:
+    rewrite(patch, restoring, "restore", "seq.keys[first : first + count]", "seq.keys[:count]")
+
+
+@mutant
+def restored_blocks_push_out_each_other(patch: Patch) -> None:
+    """A mistake that the simulation found here: two blocks were written to one slot."""
+    rewrite(patch, restoring, "restore", "[: core.host.num_slots]", "")
+
+
+@mutant
+def restored_blocks_come_in_reverse(patch: Patch) -> None:
+    rewrite(patch, restoring, "restore", "*reversed(slots)", "*slots")
+
+
+@mutant
+def what_is_missing_starts_behind_the_pool_s_part(patch: Patch) -> None:
+    old = "itertools.takewhile(core.host.__contains__, seq.keys[first:])"
+    rewrite(patch, restoring, "missing_blocks", old, f"[*seq.keys[:1], *{old}]")
+
+
+@mutant
+def the_last_block_of_a_prompt_counts_as_missing(patch: Patch) -> None:
+    rewrite(patch, restoring, "missing_blocks", "seq.num_prompt - 1", "seq.num_prompt")
+
+
+@mutant
 def a_failed_step_leaves_its_blocks_in_the_host_tier(patch: Patch) -> None:
     rewrite(patch, scheduler, "fail", "core.host.undo(plans)", "pass")
 
@@ -599,7 +635,7 @@ def a_lost_public_prefix_stays_pinned(patch: Patch) -> None:
 
 @mutant
 def a_request_counts_on_pinned_blocks(patch: Patch) -> None:
-    rewrite(patch, scheduler, "admit", "- len(state.core.public.keys)", "")
+    rewrite(patch, admission, "check_request", "- len(core.public.keys)", "")
 
 
 # Blocks that are merged.
@@ -735,7 +771,7 @@ def the_reserve_does_not_count(patch: Patch) -> None:
 
 @beam_mutant
 def searches_are_admitted_whatever_they_can_come_to_need(patch: Patch) -> None:
-    rewrite(patch, scheduler, "admit", "if most > num_blocks", "if False")
+    rewrite(patch, admission, "check_request", "if most > num_blocks", "if False")
 
 
 @beam_mutant

@@ -31,6 +31,11 @@ LIMITS: Ranges = {
     "max_preemptions": (1, 2),
     "max_in_flight": (1, 3),
     "public": (-30, 12),  # tokens of a text that is public; none if it is not above 0
+    "compute_ns": (-2, 3),  # not known if it is not above 0
+    "attend_ps": (0, 400),
+    "transfer_ns": (0, 8),
+    "swap_in_ns": (0, 6),
+    "swap_out_ns": (0, 3),
 }
 REQUEST: Ranges = {
     "identity": (0, 9),  # below 2: a request that was aborted; 2: an id that may be in use
@@ -45,6 +50,7 @@ REQUEST: Ranges = {
     "logprobs": (0, 9),
     "prompt_logprobs": (0, 9),
     "forks": (-6, 3),  # none if it is not above 0
+    "restored": (-2, 6),  # blocks that come from below the host tier, none if it is not above 0
 }
 # Small pools, and requests of which most are searches.
 SEARCH_LIMITS: Ranges = {
@@ -93,6 +99,11 @@ def make_limits(numbers: Numbers) -> Limits:
         host_blocks=0 if merges else max(0, numbers["host_blocks"]),
         max_preemptions=numbers["max_preemptions"],
         fingerprint="weights",
+        compute_ns=max(0, numbers["compute_ns"]),
+        attend_ps=numbers["attend_ps"],
+        transfer_ns=numbers["transfer_ns"],
+        swap_in_ns=numbers["swap_in_ns"],
+        swap_out_ns=numbers["swap_out_ns"],
     )
 
 
@@ -171,7 +182,10 @@ def possible(simulation: Simulation) -> set[str]:
 def perform(simulation: Simulation, operation: str, numbers: Numbers, serial: int) -> None:
     """Do one operation. `numbers` are a request's for "admit"; others take what they need."""
     if operation == "admit":
-        simulation.admit(make_request(numbers, simulation, serial))
+        request = make_request(numbers, simulation, serial)
+        simulation.admit(request)
+        if numbers["restored"] > 0 and simulation.limits.host_blocks:
+            simulation.restore(request.request_id, numbers["restored"])
     elif operation == "abort":
         live = [*simulation.records, "nobody"]
         reason = (FinishReason.ABORT, FinishReason.DEADLINE, FinishReason.STOP)

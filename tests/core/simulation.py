@@ -16,7 +16,7 @@ from collections import Counter, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from engine.core import scheduler, upkeep
+from engine.core import restoring, scheduler, upkeep
 from engine.core.block_pool import BlockPool
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState, StaleState
@@ -82,6 +82,8 @@ class Simulation:
         self.aborted: deque[Request] = deque(maxlen=1)
         self._roots: dict[Domain, History] = {}
         self._num_arrivals = 0
+        # All that ever went to the host tier, and until when it may stay; 0: without limit.
+        self.disk: dict[bytes, tuple[list[History | None], int]] = {}
         self._held: list[list[int]] = []  # the running sequences' blocks after the last operation
         self._cached: set[int] = set()
         self._unlaunched: StepPlan | None = None
@@ -107,6 +109,7 @@ class Simulation:
         """Forget what a domain left, or all. Nobody finds it any more, wherever it lies."""
         old = self.state
         self.state = upkeep.flush(self.state, domain)
+        self.disk.clear()  # as `Tiers` does
         if self.recorder:
             self.recorder.flush(domain)
         self._assert_consumed(old)
@@ -164,6 +167,45 @@ class Simulation:
             Gang([self.records[name] for name in request.names], root)
             self.counts["beam searches"] += 1
         self._num_arrivals += len(request.names)
+
+    def restore(self, request_id: str, most: int) -> None:
+        """Bring up to so many blocks of a waiting request from below into the host tier.
+
+        What was under way to those slots is older, and gives way to it, as in `HostPool`.
+        """
+        record = self.records.get(request_id)
+        if record is None:
+            return
+        limits = self.limits
+        size = limits.block_size
+        before = self.state.snapshot()
+        first, keys = restoring.missing_blocks(self.state, limits, record.request)
+        assert self.state.snapshot() == before
+        full = (record.num_prompt - 1) // size if limits.prefix_reuse else 0
+        if record.request.sampling.prompt_logprobs is not None:
+            full = 0
+        ends = range((first + 1) * size, (full + 1) * size, size)
+        assert list(keys) == [self._key(record.history(end)) for end in ends]
+        found: list[list[History | None]] = []
+        for key in keys[:most]:
+            contents, expires = self.disk.get(key, ([], 0))
+            if not contents or 0 < expires <= self.now:
+                break
+            found.append(contents)
+        if self.recorder:
+            self.recorder.restore(request_id, first, len(found))
+        old = self.state
+        self.state, erased, slots = restoring.restore(
+            self.state, limits, request_id, first, len(found)
+        )
+        for slot in erased:
+            self.host[slot] = [None] * size
+        self._assert_consumed(old)
+        for slot, contents in zip(slots, found, strict=True):
+            if slot is not None:
+                self.host[slot] = list(contents)
+                self.counts["restored"] += 1
+        self._after("restore")
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request from outside, be it there or not."""
@@ -432,11 +474,12 @@ class Simulation:
         copied = {copy.destination: list(self.kv[copy.source]) for copy in plan.block_copies}
         incoming = {swap.block: list(self.host[swap.slot]) for swap in plan.swap_ins}
         outgoing: dict[int, list[History | None]] = {}
-        for block, slot, key in plan.swap_outs:
+        for block, slot, key, expires in plan.swap_outs:
             last = self.kv[block][-1]
             assert last is not None, "an unwritten block is swapped out"
             assert key == self._key(last)
             outgoing[slot] = list(self.kv[block])
+            self.disk[key] = list(self.kv[block]), expires
         nothing: list[History | None] = [None] * self.limits.block_size
         for slot in plan.erased_slots:
             self.host[slot] = nothing.copy()

@@ -60,6 +60,7 @@ EVENTS = (
     "preempted",
     "public positions read",
     "refused",
+    "restored",
     "resumed",
     "rows dropped",
     "swapped in",

@@ -14,7 +14,7 @@ import pytest
 
 from engine.core import scheduler
 from engine.core.batching import Batch
-from engine.runtime import compiles, loop
+from engine.runtime import clocks, compiles
 from engine.runtime.figures import StepRecord
 from engine.runtime.loop import EngineLoop, EngineStopped
 from engine.runtime.replay import replay
@@ -195,13 +195,13 @@ def test_a_deadline_ends_a_request_wherever_it_is(
 def test_deadlines_of_requests_that_ended_are_not_kept(
     running: tuple[EngineLoop, Listener], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(loop, "_MIN_DEADLINES", 4)
+    monkeypatch.setattr(clocks, "_MIN_DEADLINES", 4)
     engine_loop, listener = running
     for number in range(50):
         request = make_request(f"r{number}", range(3), 1, deadline=time.monotonic() + 1e6)
         engine_loop.submit(request)
         listener.until_ended(f"r{number}")
-    assert len(engine_loop._deadlines) <= 6
+    assert len(engine_loop._deadlines._heap) <= 6
 
 
 def test_a_request_that_can_never_run_is_rejected_and_others_go_on(

@@ -286,7 +286,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("running", "waiting", "free_blocks", "cached_blocks", "owned_blocks", "total_blocks", "block_size", "steps", "prompt_tokens", "generated_tokens", "cached_prompt_tokens", "preemptions", "padded_tokens", "computed_tokens", "compiles_after_warmup", "finished", "failed_steps", "uptime_seconds", "copied_blocks", "swapped_out_blocks", "swapped_in_blocks", "held_steps", "pinned_blocks")
+    __slots__ = ("running", "waiting", "free_blocks", "cached_blocks", "owned_blocks", "total_blocks", "block_size", "steps", "prompt_tokens", "generated_tokens", "cached_prompt_tokens", "preemptions", "padded_tokens", "computed_tokens", "compiles_after_warmup", "finished", "failed_steps", "uptime_seconds", "copied_blocks", "swapped_out_blocks", "swapped_in_blocks", "held_steps", "pinned_blocks", "restored_blocks", "disk_read_bytes", "disk_written_blocks", "disk_written_bytes", "disk_dropped_blocks")
     class FinishedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -324,6 +324,11 @@ class GetStatsResponse(_message.Message):
     SWAPPED_IN_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HELD_STEPS_FIELD_NUMBER: _ClassVar[int]
     PINNED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    RESTORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_READ_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_WRITTEN_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_DROPPED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     free_blocks: int
@@ -347,7 +352,12 @@ class GetStatsResponse(_message.Message):
     swapped_in_blocks: int
     held_steps: _containers.ScalarMap[str, int]
     pinned_blocks: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., padded_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., finished: _Optional[_Mapping[str, int]] = ..., failed_steps: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., copied_blocks: _Optional[int] = ..., swapped_out_blocks: _Optional[int] = ..., swapped_in_blocks: _Optional[int] = ..., held_steps: _Optional[_Mapping[str, int]] = ..., pinned_blocks: _Optional[int] = ...) -> None: ...
+    restored_blocks: int
+    disk_read_bytes: int
+    disk_written_blocks: int
+    disk_written_bytes: int
+    disk_dropped_blocks: int
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., padded_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., finished: _Optional[_Mapping[str, int]] = ..., failed_steps: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., copied_blocks: _Optional[int] = ..., swapped_out_blocks: _Optional[int] = ..., swapped_in_blocks: _Optional[int] = ..., held_steps: _Optional[_Mapping[str, int]] = ..., pinned_blocks: _Optional[int] = ..., restored_blocks: _Optional[int] = ..., disk_read_bytes: _Optional[int] = ..., disk_written_blocks: _Optional[int] = ..., disk_written_bytes: _Optional[int] = ..., disk_dropped_blocks: _Optional[int] = ...) -> None: ...
 
 class FlushCacheRequest(_message.Message):
     __slots__ = ("cache_salt",)

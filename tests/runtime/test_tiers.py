@@ -1,0 +1,355 @@
+"""The disk tier below a running engine: what comes back is what was, and nobody else waits."""
+
+from __future__ import annotations
+
+import dataclasses
+import random
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from engine.config import BucketConfig, SchedulerConfig
+from engine.runtime import tiers
+from engine.runtime.block_file import BlockLayout
+from engine.runtime.disk_tier import DiskTier
+from engine.runtime.loop import EngineLoop
+from engine.runtime.replay import replay
+from engine.types import FinishReason, Fork, Request
+from tests.engines import Result, SmallEngine, make_request, small_engine
+from tests.runtime.fake_runner import Listener
+from tests.runtime.tiny import random_ids
+
+HOST_BLOCKS = 100
+MAX_BYTES = 2**26
+
+
+@pytest.fixture(scope="module")
+def engine(tiny_model: Path) -> SmallEngine:
+    """The tiny model; 11 blocks are little more than its longest sequence takes."""
+    return small_engine(
+        tiny_model,
+        num_blocks=64,
+        block_size=16,
+        max_model_len=160,
+        config=SchedulerConfig(max_num_seqs=4, max_step_tokens=64),
+        buckets=BucketConfig(decode_seqs=(4,), prefill_tokens=(64,), prefill_seqs=(4,)),
+        host_blocks=HOST_BLOCKS,
+    )
+
+
+def layout_of(engine: SmallEngine, fingerprint: str = "tests") -> BlockLayout:
+    assert engine.runner.host is not None
+    block = engine.runner.host.block
+    return BlockLayout(block.shape, block.dtype.name, fingerprint)
+
+
+class Gate(DiskTier):
+    """A disk whose fetches end when they are let, and then fail if told."""
+
+    def __init__(self, folder: Path, layout: BlockLayout):
+        super().__init__(folder, MAX_BYTES, layout)
+        self.gate = threading.Event()
+        self.error: Exception | None = None
+        self.asked: list[Sequence[bytes]] = []
+        self.threads: list[threading.Thread] = []
+
+    def fetch(self, keys: Sequence[bytes]) -> Future[list[np.ndarray]]:
+        self.asked.append(keys)
+        future: Future[list[np.ndarray]] = Future()
+
+        def answer() -> None:
+            self.gate.wait()
+            if not future.set_running_or_notify_cancel():
+                return
+            if self.error is not None:
+                future.set_exception(self.error)
+            else:
+                found = [self.get(key) for key in keys]
+                assert None not in [None if block is None else 0 for block in found]
+                future.set_result([block for block in found if block is not None])
+
+        self.threads.append(threading.Thread(target=answer))
+        self.threads[-1].start()
+        return future
+
+    def end(self) -> None:
+        self.gate.set()
+        for thread in self.threads:
+            thread.join()
+        self.close()
+
+
+def start(
+    engine: SmallEngine, disk: DiskTier, *, record: str | None = None, **limits: Any
+) -> tuple[EngineLoop, Listener]:
+    """A loop on a fresh pool."""
+    engine.runner.reset()
+    listener = Listener()
+    own = dataclasses.replace(engine.limits, **limits)
+    return EngineLoop(engine.runner, own, listener, record, disk=disk), listener
+
+
+def run(loop: EngineLoop, listener: Listener, requests: Sequence[Request]) -> list[Result]:
+    for request in requests:
+        loop.submit(request)
+    return listener.until_ended(*(request.request_id for request in requests))
+
+
+def conversation(number: int, seed: int) -> Request:
+    """Some with a prefix in common, some sampled."""
+    shared = random_ids(32, seed=3)
+    prompt = (shared if number % 2 else ()) + random_ids(17 + 2 * number, seed=seed)
+    return make_request(
+        f"r{number}", prompt, 70, seed=number, temperature=0.8 * (number % 3 > 0), ignore_eos=True
+    )
+
+
+@pytest.mark.parametrize("seed", range(2))
+def test_preempted_swapped_and_disk_restored_sequences_give_what_each_gives_alone(
+    engine: SmallEngine, tmp_path: Path, seed: int
+) -> None:
+    """Over several lives of an engine on one folder, each with a pool of little more than one
+    sequence, with follow-ups of what was said in earlier lives."""
+    rng = random.Random(seed)
+    alone: dict[str, Result] = {}
+    preempted: set[str] = set()
+    totals = {"in": 0, "out": 0, "restored": 0}
+    said: list[tuple[int, ...]] = []
+    launch = engine.runner.launch
+
+    def watched(plan: Any, batch: Any) -> Any:
+        preempted.update(plan.preempted)
+        return launch(plan, batch)
+
+    names: set[str] = set()
+    for life in range(3):
+        requests = [
+            dataclasses.replace(conversation(number, seed), request_id=f"{life}/{number}")
+            for number in rng.sample(range(8), 5)
+        ]
+        requests += [
+            make_request(f"{life}/again{n}", text[:100], 50, seed=n, temperature=0.7)
+            for n, text in enumerate(said[-3:])
+        ]
+        names.update(request.request_id for request in requests)
+        for request in requests:
+            alone[request.request_id] = engine.run_one(request)
+        disk = DiskTier(tmp_path / "blocks", MAX_BYTES, layout_of(engine))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(engine.runner, "launch", watched)
+            loop, listener = start(
+                engine,
+                disk,
+                record=str(tmp_path / f"log{life}"),
+                num_blocks=rng.choice((11, 12)),
+                host_blocks=rng.choice((4, 12, HOST_BLOCKS)),
+                compute_ns=rng.choice((0, 0, 0, 1000)),
+                swap_in_ns=rng.choice((0, 9000)),
+            )
+            results = run(loop, listener, requests)
+            loop.close()
+        assert disk.close(30)
+        for request, result in zip(requests, results, strict=True):
+            assert result.token_ids == alone[request.request_id].token_ids, request.request_id
+            said.append(request.prompt_ids + result.token_ids)
+        totals["in"] += loop.totals.swapped_in_blocks
+        totals["out"] += loop.totals.swapped_out_blocks
+        totals["restored"] += loop.tiers.num_restored
+        assert replay(tmp_path / f"log{life}").requests == len(requests)
+    assert len(preempted) >= len(names) // 2
+    assert min(totals.values()) > 5, totals
+
+
+def warm_up(engine: SmallEngine, folder: Path, request: Request) -> Result:
+    """Run a request in an engine that is closed in the end."""
+    disk = DiskTier(folder, MAX_BYTES, layout_of(engine))
+    loop, listener = start(engine, disk)
+    (result,) = run(loop, listener, [request])
+    loop.close()
+    assert disk.close(30)
+    return result
+
+
+def test_a_restart_finds_its_blocks(engine: SmallEngine, tmp_path: Path) -> None:
+    """Nothing had to leave the pool: it is written at the close."""
+    request = make_request("a", random_ids(100), 8)
+    first = warm_up(engine, tmp_path / "blocks", request)
+    again = warm_up(engine, tmp_path / "blocks", request)
+    assert (first.num_cached_tokens, again.num_cached_tokens) == (0, 96)
+    assert again.token_ids == first.token_ids
+
+
+def torn(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def rotten(path: Path) -> None:
+    data = bytearray(path.read_bytes())
+    data[-1] ^= 1
+    path.write_bytes(data)
+
+
+@pytest.mark.parametrize("damage", [torn, rotten])
+def test_a_damaged_file_is_a_miss(
+    engine: SmallEngine, tmp_path: Path, damage: Callable[[Path], None]
+) -> None:
+    request = make_request("a", random_ids(100), 8)
+    first = warm_up(engine, tmp_path / "blocks", request)
+    files = list((tmp_path / "blocks").glob("*/*.blk"))
+    assert len(files) >= 6
+    for path in files:
+        damage(path)
+    disk = DiskTier(tmp_path / "blocks", MAX_BYTES, layout_of(engine))
+    loop, listener = start(engine, disk)
+    (again,) = run(loop, listener, [request])
+    assert sum(disk.counts().misses.values()) > 0  # they were looked at
+    loop.close()
+    disk.close()
+    assert (again.num_cached_tokens, again.token_ids) == (0, first.token_ids)
+
+
+def test_blocks_of_another_model_are_misses(engine: SmallEngine, tmp_path: Path) -> None:
+    request = make_request("a", random_ids(100), 8)
+    warm_up(engine, tmp_path / "blocks", request)
+    disk = DiskTier(tmp_path / "blocks", MAX_BYTES, layout_of(engine, "others"))
+    loop, listener = start(engine, disk)
+    (again,) = run(loop, listener, [request])
+    loop.close()
+    disk.close()
+    assert again.num_cached_tokens == 0
+
+
+@pytest.fixture
+def held(engine: SmallEngine, tmp_path: Path) -> Any:
+    """A loop on a warm folder, whose reads wait: loop, listener, disk, the request, its tokens."""
+    request = make_request("a", random_ids(100), 8)
+    expected = warm_up(engine, tmp_path / "blocks", request).token_ids
+    disk = Gate(tmp_path / "blocks", layout_of(engine))
+    loop, listener = start(engine, disk)
+    yield loop, listener, disk, request, expected
+    loop.close()
+    disk.end()
+
+
+def until(condition: Callable[[], object]) -> None:
+    while not condition():
+        time.sleep(0.001)
+
+
+def test_who_waits_for_a_disk_holds_nobody_back(held: Any) -> None:
+    loop, listener, disk, request, expected = held
+    loop.submit(request)
+    until(lambda: disk.asked)
+    assert loop.gauges[:2] == (0, 1)
+    (other,) = run(loop, listener, [make_request("b", random_ids(40, seed=9), 4)])
+    assert other.finish_reason is FinishReason.LENGTH
+    assert listener.results["a"].finish_reason is None
+    disk.gate.set()  # nothing runs, so this must wake the loop
+    (result,) = listener.until_ended("a")
+    assert (result.num_cached_tokens, result.token_ids) == (96, expected)
+
+
+def test_who_waits_can_be_aborted_and_its_forks_alone(held: Any) -> None:
+    loop, listener, disk, request, expected = held
+    forks = (Fork("f1", 0), Fork("f2", 0))
+    loop.submit(dataclasses.replace(request, forks=forks))
+    until(lambda: disk.asked)
+    assert loop.gauges[:2] == (0, 3)
+    loop.abort("f1")
+    ended = listener.until_ended("a", "f1", "f2")
+    assert [one.finish_reason for one in ended][1] is FinishReason.ABORT
+    assert [ended[0].token_ids, ended[2].token_ids] == [expected, expected]
+    assert ended[0].num_cached_tokens == 0  # it was not waited for
+
+
+def test_a_deadline_ends_who_waits(held: Any) -> None:
+    loop, listener, disk, request, _ = held
+    loop.submit(dataclasses.replace(request, deadline=time.monotonic() + 0.05))
+    (result,) = listener.until_ended("a")
+    assert disk.asked
+    assert result.finish_reason is FinishReason.DEADLINE
+
+
+def test_close_ends_who_waits(held: Any) -> None:
+    loop, listener, disk, request, _ = held
+    loop.submit(request)
+    until(lambda: disk.asked)
+    loop.close()
+    (result,) = listener.until_ended("a")
+    assert result.finish_reason is FinishReason.ABORT
+
+
+def test_a_slow_disk_is_given_up(held: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, listener, _, request, expected = held
+    monkeypatch.setattr(tiers, "MAX_HELD_SECONDS", 0.02)
+    (result,) = run(loop, listener, [request])
+    assert (result.num_cached_tokens, result.token_ids) == (0, expected)
+
+
+def test_a_disk_that_fails_costs_the_blocks_only(
+    held: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, listener, disk, request, expected = held
+    disk.error = OSError("gone")
+    disk.gate.set()
+    (result,) = run(loop, listener, [request])
+    assert (result.num_cached_tokens, result.token_ids) == (0, expected)
+    assert "they are computed" in caplog.text
+
+
+def test_a_second_request_of_the_same_name_is_the_one_refused(held: Any) -> None:
+    loop, listener, disk, request, expected = held
+    loop.submit(request)
+    until(lambda: disk.asked)
+    loop.submit(make_request("a", random_ids(20), 4))
+    until(lambda: "a" in listener.rejected)
+    until(lambda: listener.results["a"].finish_reason)
+    assert listener.results["a"].token_ids == expected
+
+
+def test_blocks_that_were_forgotten_while_they_were_read_are_dropped(held: Any) -> None:
+    loop, listener, disk, request, expected = held
+    loop.submit(request)
+    until(lambda: disk.asked)
+    (keys,) = disk.asked
+    loop.tiers.forget({keys[4]})
+    disk.gate.set()
+    (result,) = listener.until_ended("a")
+    assert (result.num_cached_tokens, result.token_ids) == (64, expected)
+
+
+def test_a_read_that_takes_longer_than_computing_is_not_begun(
+    engine: SmallEngine, tmp_path: Path
+) -> None:
+    """A gigabyte a second is assumed: eight microseconds for a block of eight kilobytes."""
+    request = make_request("a", random_ids(100), 8)
+    warm_up(engine, tmp_path / "blocks", request)
+    for compute_ns, cached in ((400, 0), (10**9, 96)):
+        disk = DiskTier(tmp_path / "blocks", MAX_BYTES, layout_of(engine))
+        loop, listener = start(engine, disk, compute_ns=compute_ns)
+        (result,) = run(loop, listener, [request])
+        loop.close()
+        disk.close()
+        assert result.num_cached_tokens == cached, compute_ns
+
+
+def test_the_step_loop_survives_a_failed_step_with_blocks_from_disk(
+    held: Any, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The blocks lie in the host's memory, so a device that failed doesn't take them along."""
+    loop, listener, disk, request, expected = held
+    runner = loop._runner
+    launch = runner.launch
+    disk.gate.set()
+    monkeypatch.setattr(runner, "launch", lambda *_: 1 / 0)
+    (failed,) = run(loop, listener, [request])
+    assert failed.finish_reason is FinishReason.ERROR
+    monkeypatch.setattr(runner, "launch", launch)
+    (again,) = run(loop, listener, [dataclasses.replace(request, request_id="b")])
+    assert (again.num_cached_tokens, again.token_ids) == (96, expected)
