@@ -43,17 +43,30 @@ Overrides = Annotated[
 
 
 @app.command
-def serve(*, config: ConfigPath, set_: Overrides = None, record: Path | None = None) -> int:
+def serve(
+    *,
+    config: ConfigPath,
+    set_: Overrides = None,
+    record: Path | None = None,
+    http: str | None = None,
+    http_public: Annotated[bool, Parameter(negative=())] = False,
+) -> int:
     """Serve a model over gRPC until interrupted.
 
     Args:
       config: a YAML file; see configs/.
       record: write the scheduler's event log here, for `octavo replay`. It holds prompts.
+      http: [host:]port of a page that shows the cache, block by block; 0 takes a free port.
+      http_public: let it listen beyond this machine. It shows the requests of all tenants to
+        whoever reaches it, as there is no authentication yet.
     """
-    from engine.serve.server import run_server
+    from engine.serve.server import page_address, run_server
 
+    address = None if http is None else page_address(http, public=http_public)
+    if http_public and http is None:
+        raise ValueError("--http-public is for the page of --http, which is missing")
     with ProgressBar() as progress:
-        return run_server(_load(config, set_), _text(record), progress)
+        return run_server(_load(config, set_), _text(record), progress, address)
 
 
 @app.command
@@ -188,16 +201,23 @@ def calibrate(
 
 
 @app.command
-def replay(log: Path, /, *, check: bool = False) -> int:
+def replay(log: Path, /, *, check: bool = False, html: Path | None = None) -> int:
     """Run a recorded event log through the scheduler and compare every plan.
 
     Args:
       log: written by `octavo serve --record` or `octavo generate --record`.
       check: also assert all invariants after every event; slow.
+      html: also write a page here that shows the pool step by step; one file, which opens from a
+        disk. It names the requests, but holds no prompt.
     """
     from engine.runtime.event_log import replay as run
 
-    seen = run(log, check=check)
+    if html is None:
+        seen = run(log, check=check)
+    else:
+        from engine.replay_page import replay_to_page
+
+        seen = replay_to_page(log, html, check=check)
     print(
         f"{log}: {seen.steps} plans are identical ({seen.requests} requests, "
         f"{seen.tokens} tokens, {seen.preemptions} preemptions)"

@@ -8,6 +8,7 @@ nothing. ``LLM`` and the gRPC service are both built on this.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -20,6 +21,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from engine.config import Architecture, Config
+from engine.core.picture import Frame, take_picture
+from engine.core.scheduler import SchedulerState
 from engine.resolve import Prompt, Resolver, deadline_after, is_quick
 from engine.runtime.loop import EngineLoop, EngineStopped, News, Rejected, StepRecord
 from engine.sampling import InvalidRequest, SamplingParams
@@ -246,6 +249,42 @@ class Engine:
             failed_steps=totals.failed_steps,
             uptime_seconds=time.monotonic() - self._started,
         )
+
+    async def picture(self) -> Frame:
+        """Who holds which block between two steps, and what was done by then.
+
+        Raises:
+          EngineStopped: the step loop has ended. If it ends now, this waits for ever.
+        """
+        if not self.is_alive:
+            raise EngineStopped("the engine is closed, or failed; its log says why")
+        event_loop = asyncio.get_running_loop()
+        found: asyncio.Future[Frame] = event_loop.create_future()
+
+        def settle(moment: Frame | Exception) -> None:
+            if found.done():
+                return  # nobody waits any more
+            if isinstance(moment, Exception):
+                found.set_exception(moment)
+            else:
+                found.set_result(moment)
+
+        def look(state: SchedulerState) -> None:
+            totals = self._loop.totals
+            try:
+                moment = Frame(
+                    take_picture(state),
+                    time.monotonic() - self._started,
+                    totals.generated_tokens,
+                    totals.preemptions,
+                )
+            except Exception as error:  # it must not end the step loop
+                moment = error
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                event_loop.call_soon_threadsafe(settle, moment)
+
+        self._loop.look(look)
+        return await found
 
     def watch_steps(self, on_step: Callable[[StepRecord], None] | None) -> None:
         """Have each step's figures passed to a function, on the step loop's thread."""

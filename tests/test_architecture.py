@@ -43,12 +43,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llm": BELOW_SERVE | {"config_file", "loading", "frontend", "streams"},
     "generate": {"types", "llm"},
     "calibrate": BELOW_SERVE | {"loading", "resolve", "llm", "generate"},
-    "simulate": {"types", "config_file", "core", "progress"},
+    "dashboard": {"types", "core"},
+    "simulate": {"types", "config_file", "core", "progress", "dashboard"},
     "leakcheck": {"rpc", "progress", "__init__"},
+    "replay_page": {"types", "core", "runtime", "dashboard"},
     "progress": set(),
     "aot": BELOW_SERVE | {"config_file", "loading"},  # compiles what `loading` would start
     "rpc": set(),
-    "serve": BELOW_SERVE | {"loading", "frontend", "rpc", "__init__"},  # __init__ holds the version
+    # __init__ holds the version
+    "serve": BELOW_SERVE | {"loading", "frontend", "rpc", "dashboard", "__init__"},
     # The wire's translation to and from our types is one file for both ends.
     "client": {"types", "rpc", "serve.convert"},
     "chat": {"types", "client"},
@@ -60,7 +63,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 ANYTHING = {"cli"}  # stands above all of them
 
 HEAVY = {"flax", "gguf", "grpc", "huggingface_hub", "jax", "jinja2", "orbax", "safetensors"}
-HEAVY |= {"tensorstore", "tokenizers"}
+HEAVY |= {"starlette", "tensorstore", "tokenizers", "uvicorn"}
 
 
 def _sources(*roots: str) -> list[Path]:
@@ -196,7 +199,7 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
 def test_what_runs_without_a_device_never_loads_jax() -> None:
     units = (
         *("types", "config", "core", "memory_plan", "plan_tables", "client", "chat"),
-        *("simulate", "leakcheck"),
+        *("simulate", "leakcheck", "dashboard"),
     )
     loaded = _loaded_after_importing(*_modules(*units))
     assert "engine.config" in loaded
@@ -213,9 +216,10 @@ def test_a_file_is_short_enough_to_read_and_says_what_it_is(path: Path) -> None:
 
 def test_the_path_from_request_to_token_reads_in_an_hour() -> None:
     path = [ROOT / "engine" / "types.py", *_sources("engine/core", "engine/model")]
-    # Beside the path: what paging is compared with, a tier below it, and a number for admission;
+    # Beside the path: what paging is compared with, a tier below it, a number for admission, and
+    # what the whole looks like;
     # and the checks of what a client asks for, in engine/sampling.py.
-    beside = ("contiguous.py", "host_tier.py", "forecast.py")
+    beside = ("contiguous.py", "host_tier.py", "forecast.py", "picture.py")
     path = [file for file in path if file.name not in beside]
     path += [ROOT / "engine" / "runtime" / name for name in ("runner.py", "step.py")]
     assert sum(len(file.read_text().splitlines()) for file in path) < MAX_LINES_REQUEST_TO_TOKEN

@@ -12,6 +12,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 
 class PoolCounts(NamedTuple):
     """Blocks by state; they add up to the pool."""
@@ -135,6 +137,10 @@ class BlockPool:
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key] = block
             self._key_of[block] = key
+
+    def cached_blocks(self) -> np.ndarray:
+        """int32[C]: the blocks that are cached, in no order that counts."""
+        return np.fromiter(self._cached, np.int32, len(self._cached))
 
     def take_evicted(self) -> list[tuple[int, bytes]]:
         """Blocks that were evicted since the last call, and the keys of what they held."""

@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 
 class _Entry(NamedTuple):
     slot: int
@@ -57,6 +59,12 @@ class HostTier:
             self._entries.move_to_end(key)
             slots.append(entry.slot)
         return slots
+
+    def used_slots(self) -> np.ndarray:
+        """int32[H], rising: the slots that hold a block. O(slots), without a loop over them."""
+        is_used = np.ones(self.num_slots, bool)
+        is_used[self._free] = False
+        return np.flatnonzero(is_used).astype(np.int32)
 
     def forget_since(self, step: int) -> None:
         """Drop what the plans from `step` on put here: they failed."""

@@ -12,7 +12,7 @@ import hashlib
 import itertools
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -136,12 +136,19 @@ class _Header(_Event):
 _KINDS = {kind.__struct_fields__[0]: kind for kind in (_Admit, _Abort, _Schedule, _Commit, _Fail)}
 
 
-def replay(path: str | Path, *, check: bool = False) -> Replayed:
+def replay(
+    path: str | Path,
+    *,
+    check: bool = False,
+    on_step: Callable[[SchedulerState, int, int], None] | None = None,
+) -> Replayed:
     """Run a log through the scheduler and compare every plan with the recorded one.
 
     Args:
       path: a log that `Recorder` wrote; a torn last line is ignored.
       check: also assert all invariants after every event (slow: O(pool) each).
+      on_step: called after each plan with the state, to look at, and how many tokens were
+        generated and how many sequences preempted so far.
 
     Raises:
       LogError: the file is not such a log, or a plan differs; names the line.
@@ -173,6 +180,8 @@ def replay(path: str | Path, *, check: bool = False) -> Replayed:
                     plans[plan.step] = plan
                     steps += 1
                     preemptions += len(plan.preempted)
+                    if on_step is not None:
+                        on_step(state, tokens, preemptions)
                 case _Commit(commit=step, tokens=values):
                     plan = _planned(plans, step)
                     if len(values) != len(plan.rows):

@@ -92,6 +92,13 @@ class _Abort(NamedTuple):
     reason: FinishReason
 
 
+class _Look(NamedTuple):
+    at: Callable[[SchedulerState], None]
+
+
+_Event = Request | _Abort | _Look | None  # None: close
+
+
 class _InFlight(NamedTuple):
     launched: Launched
     launched_at: float
@@ -129,9 +136,9 @@ class EngineLoop:
         self._state = SchedulerState.initial(limits)
         # `submit` bounds the requests in it. Aborts always fit, so that nobody, this thread least
         # of all, waits for room; there are never more of them than the caller has requests.
-        self._inbox: queue.SimpleQueue[Request | _Abort | None] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
         self._num_submitted = 0  # sequences in the inbox
-        self._taken: list[Request | _Abort | None] = []  # from the inbox, not dealt with yet
+        self._taken: list[_Event] = []  # from the inbox, not dealt with yet
         self._entry = threading.Lock()  # guards it; nothing is submitted once `_closing` is set
         self._live: dict[str, Request] = {}  # by each name of theirs
         self._deadlines: list[tuple[float, str]] = []
@@ -176,6 +183,15 @@ class EngineLoop:
         """End a request; unknown ids are ignored. The news says when it has ended."""
         if not self._closing:  # which ends everything by itself
             self._inbox.put(_Abort(request_id, reason))
+
+    def look(self, at: Callable[[SchedulerState], None]) -> None:
+        """Have the state between two steps passed to a function, on the loop's thread.
+
+        The function must be quick, must not raise, and must not keep or consume the state. It is
+        not called any more once the loop ends.
+        """
+        if not self._closing:
+            self._inbox.put(_Look(at))
 
     def close(self) -> None:
         """Abort what is left and stop. Safe to call twice."""
@@ -304,7 +320,7 @@ class EngineLoop:
         self._taken = []
         return goes_on
 
-    def _apply(self, events: Sequence[Request | _Abort | None]) -> bool:
+    def _apply(self, events: Sequence[_Event]) -> bool:
         """Admit and end requests, those included whose time is up. Returns whether to go on."""
         news: list[StepOutput | Rejected] = []
         for event in events:
@@ -315,6 +331,8 @@ class EngineLoop:
                 return False
             if isinstance(event, _Abort):
                 news.extend(self._end(event.request_id, event.reason))
+            elif isinstance(event, _Look):
+                event.at(self._state)
             else:
                 self._admit(event, news)
         now = time.monotonic()
