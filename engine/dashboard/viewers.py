@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import json
 import logging
 from collections.abc import AsyncGenerator, Awaitable, Callable
+
+import msgspec
 
 from engine.core.picture import Frame
 from engine.dashboard.frames import encode
@@ -95,8 +96,10 @@ class Viewers:
         while True:
             if self._frame is None or self._number == seen:
                 arrived = asyncio.ensure_future(self._arrived.wait())
-                await asyncio.wait((arrived, task), return_when=asyncio.FIRST_COMPLETED)
-                arrived.cancel()
+                try:
+                    await asyncio.wait((arrived, task), return_when=asyncio.FIRST_COMPLETED)
+                finally:
+                    arrived.cancel()
                 if task.done():
                     return
                 continue
@@ -131,4 +134,4 @@ class Viewers:
 
 
 def _dump(frame: Frame, before: Frame | None) -> bytes:
-    return json.dumps(encode(frame, before), separators=(",", ":")).encode()
+    return msgspec.json.encode(encode(frame, before))

@@ -1,9 +1,13 @@
-"""A headless Chromium, driven by selenium, where both are installed."""
+"""A headless Chromium, driven by selenium, where both are installed.
+
+Run as a program, it says what is missing.
+"""
 
 from __future__ import annotations
 
 import contextlib
 import shutil
+import sys
 from collections.abc import Iterator
 
 from selenium import webdriver
@@ -52,3 +56,7 @@ def chromium(
         yield browser
     finally:
         browser.quit()
+
+
+if __name__ == "__main__":
+    sys.exit(why_missing())

@@ -2,9 +2,25 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import json
+import re
 from typing import Any
 
 from engine.core.picture import Frame
+
+
+def document(page: str) -> dict[str, Any]:
+    """What a page of one file has in it."""
+    packed = re.findall(r'id="recording">([A-Za-z0-9+/=]*)</script>', page)
+    assert len(packed) == 1
+    return json.loads(gzip.decompress(base64.b64decode(packed[0])))
+
+
+def recordings(page: str) -> list[dict[str, Any]]:
+    """The recordings of a page of one file."""
+    return document(page)["pools"]
 
 
 def expand(runs: list[int]) -> list[int]:

@@ -3,9 +3,7 @@
 from __future__ import annotations
 
 import base64
-import gzip
 import hashlib
-import json
 import re
 import subprocess
 import sys
@@ -19,6 +17,7 @@ from engine.dashboard import page
 from engine.dashboard.recording import Recording
 from tests.conftest import ROOT
 from tests.core.driver import Driver, make_request
+from tests.dashboard.reader import recordings
 
 HOSTILE = "</script><script>document.title='pwned'</script>"
 
@@ -61,9 +60,7 @@ def test_what_clients_write_cannot_leave_the_recording() -> None:
     text = one_file(title=HOSTILE)
     assert HOSTILE not in text
     assert text.count("<script") == 2
-    packed = re.findall(r'id="recording">([A-Za-z0-9+/=]*)</script>', text)
-    document = json.loads(gzip.decompress(base64.b64decode(packed[0])))
-    assert document["pools"][0]["frames"][0]["running"][0][6] == HOSTILE
+    assert recordings(text)[0]["frames"][0]["running"][0][6] == HOSTILE
 
 
 def test_the_one_file_allows_exactly_its_own_script_and_style() -> None:

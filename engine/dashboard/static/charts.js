@@ -8,6 +8,7 @@ const HEIGHT = 100;
 
 
 // title: said in full where the name is short. full: the top of the scale, if it is fixed.
+// total: a sum, whose last value is its peak.
 export const CHARTS = [
   { key: "used", name: "cache owned", title: "share of blocks that sequences own", show: percent, full: 1 },
   { key: "useful", name: "of it useful", title: "share of owned places that hold a token", show: percent, full: 1 },
@@ -15,7 +16,7 @@ export const CHARTS = [
   { key: "running", name: "running", title: "sequences that hold blocks", show: count },
   { key: "waiting", name: "waiting", title: "requests that hold no block", show: count },
   { key: "hits", name: "prefix hits", title: "prompt tokens of the running sequences that were found in the cache", show: percent, full: 1 },
-  { key: "lost", name: "preempted", title: "times a sequence lost its blocks, since the start", show: count },
+  { key: "lost", name: "preempted", title: "times a sequence lost its blocks, since the start", show: count, total: true },
 ];
 
 function element(name, attributes) {
@@ -32,8 +33,8 @@ export function peak(values) {
 }
 
 export class Chart {
-  constructor({ key, name, title, show, full, perTime }, unit) {
-    Object.assign(this, { key, show, full });
+  constructor({ key, name, title, show, full, perTime, total }, unit) {
+    Object.assign(this, { key, show, full, hasPeak: full === undefined && !total });
     this.name = perTime ? `${name}/${unit === "s" ? "s" : "step"}` : name;
     this.figure = document.createElement("figure");
     this.figure.title = title;
@@ -42,7 +43,7 @@ export class Chart {
     label.textContent = this.name;
     this.value = document.createElement("b");
     this.most = document.createElement("small");
-    caption.append(label, this.value);
+    caption.append(label, this.most, this.value);
     this.svg = element("svg", {
       viewBox: `0 -3 ${WIDTH} ${HEIGHT + 4}`, preserveAspectRatio: "none", role: "img",
     });
@@ -55,7 +56,7 @@ export class Chart {
       class: "base", x1: 0, x2: WIDTH, y1: HEIGHT, y2: HEIGHT, "vector-effect": "non-scaling-stroke",
     });
     this.svg.append(this.area, base, this.line, this.cursor);
-    this.figure.append(caption, this.svg, this.most);
+    this.figure.append(caption, this.svg);
   }
 
   // Draw a curve from `from` to `to`; `top` is the top of its scale. at: the time that is shown,
@@ -91,7 +92,7 @@ export class Chart {
     const value = values[index];
     const text = value === undefined || Number.isNaN(value) ? "–" : this.show(value);
     this.value.textContent = text;
-    this.most.textContent = this.full === undefined && top ? `peak ${this.show(top)}` : "";
+    this.most.textContent = this.hasPeak && top ? `peak ${this.show(top)}` : "";
     this.svg.setAttribute("aria-label", `${this.name}: ${text}`);
     this.cursor.setAttribute("visibility", at === null ? "hidden" : "visible");
     if (at !== null) for (const end of ["x1", "x2"]) this.cursor.setAttribute(end, x(at));

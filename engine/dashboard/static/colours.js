@@ -63,7 +63,7 @@ export class Colours {
     let found = this._owners.get(key);
     if (found === undefined) {
       const hue = (20 + key * GOLDEN_ANGLE) % 360;
-      const levels = this.isDark ? [0.72, 0.64, 0.8] : [0.6, 0.52, 0.68];
+      const levels = this.isDark ? [0.72, 0.64, 0.8] : [0.66, 0.57, 0.75];
       const lightness = levels[key % 3];
       const full = oklch(lightness, 0.105, hue);
       found = {

@@ -23,8 +23,7 @@ function make(tag, className = "", text = "") {
 }
 
 export class Panel {
-  constructor(template, { name, unit, isLive }) {
-    this.isLive = isLive;
+  constructor(template, { name, unit }) {
     this.element = template.content.cloneNode(true).firstElementChild;
     this.element.ariaLabel = name;
     const find = (selector) => this.element.querySelector(selector);
@@ -88,10 +87,9 @@ export class Panel {
     if (!pool.numBlocks) return;
     this.grid.layout(pool.numBlocks, room, colours);
     this.host.hidden = !pool.numHostSlots;
-    const half = { width: room.width, height: room.height / 2 };
-    if (pool.numHostSlots) this.hostGrid.layout(pool.numHostSlots, half, colours);
+    const below = { width: room.width, height: room.height / 4 };
+    if (pool.numHostSlots) this.hostGrid.layout(pool.numHostSlots, below, colours);
     this.poolSize.textContent = `${plural(pool.numBlocks, "block")} of ${plural(pool.blockSize, "token")}`;
-    this._drawn = null;
   }
 
   // Show a pool as it is now. curves: what the charts draw, by key.
@@ -144,6 +142,8 @@ export class Panel {
     const shown = pool.running.slice(0, MAX_ROWS);
     while (this.rows.children.length < shown.length) this.rows.append(this._makeRow());
     while (this.rows.children.length > shown.length) this.rows.lastElementChild.remove();
+    const domains = new Set([...pool.running, ...pool.waiting].map(({ domain }) => domain));
+    this.element.classList.toggle("one-domain", domains.size < 2);
     const longest = shown.reduce((most, seq) => Math.max(most, seq.table.length), 1);
     shown.forEach((seq, index) => {
       const row = this.rows.children[index];
@@ -205,31 +205,40 @@ export class Panel {
     const context = canvas.getContext("2d");
     context.clearRect(0, 0, width, height);
     const step = Math.min(8 * ratio, width / longest);
-    const isWide = step > 4 * ratio; // enough for outlines
+    const gap = step > 4 * ratio ? ratio : 0; // blocks are told apart where there is room for it
     const { full, tint, line } = this.colours.owner(seq.number);
-    seq.table.forEach((block, position) => {
-      const x = Math.round(position * step);
-      const inside = Math.max(1, Math.round((position + 1) * step) - x - (isWide ? ratio : 0));
-      const tokens = Math.min(pool.blockSize, seq.numComputed - position * pool.blockSize);
-      const filled = tokens > 0 ? Math.max(1, Math.round((height * tokens) / pool.blockSize)) : 0;
-      context.fillStyle = css(tint);
-      context.fillRect(x, 0, inside, height);
-      context.fillStyle = css(line);
-      if (isWide) {
-        context.strokeStyle = css(line);
-        context.lineWidth = ratio;
-        context.strokeRect(x + ratio / 2, ratio / 2, inside - ratio, height - ratio);
-      } else {
-        context.fillRect(x, 0, inside, ratio);
-        context.fillRect(x, height - ratio, inside, ratio);
+    const { table } = seq;
+    const edge = (position) => Math.round(position * step);
+    // One rectangle for each block, or for all of them.
+    const bars = (blocks, top, bottom) => {
+      if (!gap) {
+        context.fillRect(0, top, edge(blocks), bottom - top);
+        return;
       }
-      context.fillStyle = css(full);
-      context.fillRect(x, height - filled, inside, filled);
-      if (pool.refs[block] > 1) {
-        context.fillStyle = css(this.colours.ground);
-        const dot = Math.max(1, Math.floor(inside / 2));
-        context.fillRect(x + Math.floor((inside - dot) / 2), (height - dot) / 2, dot, dot);
+      for (let each = 0; each < blocks; each += 1) {
+        context.fillRect(edge(each), top, edge(each + 1) - edge(each) - gap, bottom - top);
       }
+    };
+    context.fillStyle = css(line);
+    bars(table.length, 0, height);
+    context.fillStyle = css(tint);
+    bars(table.length, ratio, height - ratio);
+    context.fillStyle = css(full);
+    const numFull = Math.min(table.length, Math.floor(seq.numComputed / pool.blockSize));
+    bars(numFull, 0, height);
+    const rest = seq.numComputed - numFull * pool.blockSize;
+    if (rest > 0 && numFull < table.length) {
+      const filled = Math.max(1, Math.round((height * rest) / pool.blockSize));
+      const inside = Math.max(1, edge(numFull + 1) - edge(numFull) - gap);
+      context.fillRect(edge(numFull), height - filled, inside, filled);
+    }
+    context.fillStyle = css(this.colours.ground);
+    table.forEach((block, position) => {
+      if (pool.refs[block] < 2) return;
+      const inside = Math.max(1, edge(position + 1) - edge(position) - gap);
+      const dot = Math.max(1, Math.floor(inside / 2));
+      const left = edge(position) + Math.floor((inside - dot) / 2);
+      context.fillRect(left, Math.floor((height - dot) / 2), dot, dot);
     });
   }
 
