@@ -114,7 +114,7 @@ Promise.all(['colours', 'model', 'panel'].map((name) => import(`./${name}.js`)))
 
 
 class _Files(http.server.SimpleHTTPRequestHandler):
-    def log_message(self, *_: object) -> None:
+    def log_message(self, format: str, *args: Any) -> None:
         """Say nothing."""
 
 

@@ -44,18 +44,17 @@ NUM_BLOCKS, BLOCK_SIZE, HOST_SLOTS = 100, 8, 64
 
 def frames(num_steps: int = 68, **limits: Any) -> list[Frame]:
     """A run in which blocks are shared, cached, swapped out and preempted."""
-    driver = Driver(
-        **{
-            "num_blocks": NUM_BLOCKS,
-            "block_size": BLOCK_SIZE,
-            "max_num_seqs": 12,
-            "max_step_tokens": 256,
-            "max_model_len": 512,
-            "max_waiting": 100,
-            "host_blocks": HOST_SLOTS,
-            **limits,
-        }
-    )
+    settings: dict[str, Any] = {
+        "num_blocks": NUM_BLOCKS,
+        "block_size": BLOCK_SIZE,
+        "max_num_seqs": 12,
+        "max_step_tokens": 256,
+        "max_model_len": 512,
+        "max_waiting": 100,
+        "host_blocks": HOST_SLOTS,
+        **limits,
+    }
+    driver = Driver(**settings)
     shares = driver.limits.allocator == "paged"
     found = []
     generated = preemptions = 0
@@ -126,7 +125,10 @@ def open_recording(browser: Chrome, tmp_path: Path, *runs: list[Frame]) -> None:
             recording.add(frame.time, lambda frame=frame: frame)
         recordings.append(recording.as_dict())
     path = tmp_path / "out.html"
-    figures = [("useful", *("12.3%" for _ in runs))]
+    figures = [
+        ("useful", *("12.3%" for _ in runs)),
+        *[("a longer name", *("1,234,567" for _ in runs))] * 3,
+    ]
     text = page.single_file("a run", recordings, unit="s", summary="all is well", figures=figures)
     path.write_text(text, encoding="utf-8")
     browser.get(path.as_uri())
@@ -395,7 +397,10 @@ def test_two_pools_stand_side_by_side_on_one_slider(
         assert all(len(seen[block]) >= 3 for block in kinds["part"])
     assert len(states(naive[12])["part"]) > 2 * len(states(run[12])["part"])
     assert browser.find_element("id", "summary").text == "all is well"
-    assert browser.find_element("css selector", "#figures tr:last-child").text == "contiguous 12.3%"
+    assert (
+        browser.find_element("css selector", "#figures tr:last-child").text
+        == "contiguous 12.3%" + 3 * " 1,234,567"
+    )
 
 
 def test_the_theme_can_be_chosen(browser: Chrome, run: list[Frame], tmp_path: Path) -> None:

@@ -10,6 +10,8 @@
 import { colourNumber, css, pixel } from "./colours.js";
 
 const SIZES = [20, 18, 16, 15, 14, 13, 12, 11, 10, 9, 8, 7, 6, 5, 4, 3]; // pixels of a block
+const SMALLER = [3, 2, 1]; // for pools that fit nowhere
+const MAX_HEIGHT = 4000; // pixels; browsers refuse canvases several times as high
 const GUTTER = 46; // for the numbers of blocks, left of the grid
 const [GROUND, FULL, TINT, LINE, BRIGHT, FREE, CACHED] = [0, 1, 2, 3, 4, 5, 6]; // pixels of a mask
 const KIND_FREE = 0;
@@ -59,7 +61,8 @@ export class BlockGrid {
     const width = Math.max(60, room.width - GUTTER);
     const ratio = Math.max(1, Math.round(window.devicePixelRatio || 1));
     const rowsAt = (size) => Math.ceil(numBlocks / this._columns(width, size));
-    const size = SIZES.find((each) => rowsAt(each) * each <= room.height) ?? SIZES.at(-1);
+    const fits = (height) => (each) => rowsAt(each) * each <= height;
+    const size = SIZES.find(fits(room.height)) ?? SMALLER.find(fits(MAX_HEIGHT)) ?? 1;
     this.size = size;
     this.columns = Math.min(this._columns(width, size), numBlocks);
     this.rows = Math.ceil(numBlocks / this.columns);
