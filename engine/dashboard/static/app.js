@@ -30,7 +30,13 @@ class Page {
       this._setTheme(THEMES[(THEMES.indexOf(this.theme) + 1) % THEMES.length]);
     });
     matchMedia("(prefers-color-scheme: dark)").addEventListener("change", () => this.restyle());
-    new ResizeObserver(() => this.restyle()).observe(at("panels"));
+    let width = 0;
+    new ResizeObserver(([{ contentRect }]) => {
+      if (contentRect.width === width) return; // lists grow and shrink all the time
+      width = contentRect.width;
+      this.restyle();
+    }).observe(at("panels"));
+    window.addEventListener("resize", () => this.restyle());
   }
 
   show(views) {
