@@ -42,6 +42,15 @@ serve: setup ## start the gRPC server; CONFIG=… and ARGS=… (such as --set se
 test: setup ## run all tests; PYTEST_ARGS=… selects (such as tests/core -x)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
 
+.PHONY: browser
+browser: $(READY) ## the page's tests in a headless Chromium; says what is missing if there is none
+	@$(BIN)/python -m tests.dashboard.browser
+	$(BIN)/python -m pytest tests/dashboard/test_browser.py $(PYTEST_ARGS)
+
+.PHONY: screenshots
+screenshots: $(READY) ## docs/images/, drawn anew by a headless Chromium
+	$(BIN)/python -m scripts.screenshots docs/images
+
 .PHONY: lint
 lint: $(READY) ## ruff: rules and format
 	$(BIN)/ruff check .

@@ -5,7 +5,6 @@ Nothing heavy is imported here, so that `octavo --help` answers at once.
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import os
 import sys
@@ -39,8 +38,7 @@ confidence interval of its AUC leaves out 0.5. Silence counts only where the con
 an AUC above 0.95. Exits with 1 if a channel leaks, with 2 if silence on one means nothing.
 """,
 )
-bench = cyclopts.App(name="bench", help="Measure an engine or a server.")
-app.command(bench)
+app.command("engine.bench.cli:bench", name="bench", help="Measure an engine or a server.")
 
 ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"])]
 Overrides = Annotated[
@@ -56,6 +54,8 @@ def serve(
     set_: Overrides = None,
     record: Path | None = None,
     record_tokens: Path | None = None,
+    http: str | None = None,
+    http_public: Annotated[bool, Parameter(negative=())] = False,
 ) -> int:
     """Serve a model over gRPC until interrupted.
 
@@ -64,12 +64,18 @@ def serve(
       record: write the scheduler's event log here, for `octavo replay`. It holds counts and
         hashes: no text, no token ids, no names that clients chose.
       record_tokens: write it here with prompts and outputs in full.
+      http: [host:]port of a page that shows the cache, block by block; 0 takes a free port.
+      http_public: let it listen beyond this machine. It shows the requests of all tenants to
+        whoever reaches it, as there is no authentication yet.
     """
-    from engine.serve.server import run_server
+    from engine.serve.server import page_address, run_server
 
     path, tokens = _event_log(record, record_tokens)
+    address = None if http is None else page_address(http, public=http_public)
+    if http_public and http is None:
+        raise ValueError("--http-public is for the page of --http, which is missing")
     with ProgressBar() as progress:
-        return run_server(_load(config, set_), path, progress, record_tokens=tokens)
+        return run_server(_load(config, set_), path, progress, record_tokens=tokens, http=address)
 
 
 @app.command
@@ -234,7 +240,15 @@ def calibrate(
 
 
 @app.command
-def replay(log: Path, /, *, at: int | None = None, json: bool = False, check: bool = False) -> int:
+def replay(
+    log: Path,
+    /,
+    *,
+    at: int | None = None,
+    json: bool = False,
+    check: bool = False,
+    html: Path | None = None,
+) -> int:
     """Run a recorded event log through the scheduler and compare every plan.
 
     Args:
@@ -242,8 +256,12 @@ def replay(log: Path, /, *, at: int | None = None, json: bool = False, check: bo
       at: show the state when this step was planned, and its plan.
       json: print that as JSON instead of tables.
       check: also assert all invariants after every event; slow.
+      html: also write a page here that shows the pool step by step; one file, which opens from a
+        disk. It names the requests, but holds no prompt.
     """
     if at is not None:
+        if html is not None:
+            raise ValueError("--at shows one step and --html all of them; give one of them")
         from engine.replay_tables import show
 
         show(log, at, as_json=json, check=check)
@@ -252,7 +270,12 @@ def replay(log: Path, /, *, at: int | None = None, json: bool = False, check: bo
         raise ValueError("--json prints the state at a step; name the step with --at")
     from engine.runtime.replay import replay as run
 
-    seen = run(log, check=check)
+    if html is None:
+        seen = run(log, check=check)
+    else:
+        from engine.replay_page import replay_to_page
+
+        seen = replay_to_page(log, html, check=check)
     print(
         f"{log}: {seen.steps} plans are identical ({seen.requests} requests, "
         f"{seen.tokens} tokens, {seen.preemptions} preemptions)"
@@ -279,126 +302,6 @@ def convert(source: str, output: Path, /, *, dtype: str = "bfloat16") -> int:
         run(source, output, dtype, lambda done, total: progress("Converting", done, total))
     print(f"wrote {output}; use it as model.source")
     return 0
-
-
-@cyclopts.Parameter(name="*")
-@dataclasses.dataclass(frozen=True, kw_only=True)
-class Workload:
-    """What to send, how often, and where the report goes.
-
-    Attributes:
-      workload: JSON lines as `octavo generate` takes them; without it, random tokens.
-      num_requests: how many requests of random tokens; 64 unless given.
-      input_len: tokens of each random prompt; 256 unless given.
-      output_len: tokens of each of their answers; 128 unless given.
-      shared_prefix: how many of a random prompt's tokens are the same in all; 0 unless given.
-      seed: of random tokens and arrivals.
-      repeat: runs that count; medians are shown.
-      warm_up: whether a run that doesn't count comes first.
-      output: file for the report in JSON.
-    """
-
-    workload: Path | None = None
-    num_requests: int | None = None
-    input_len: int | None = None
-    output_len: int | None = None
-    shared_prefix: int | None = None
-    seed: int | None = None
-    repeat: int = 1
-    warm_up: bool = True
-    output: Path | None = None
-
-    def arguments(self) -> dict[str, Any]:
-        """As the functions of `engine.bench` take them."""
-        from engine.bench import Synthetic, WorkloadError
-
-        names = ("num_requests", "input_len", "output_len", "shared_prefix", "seed")
-        given = {name: getattr(self, name) for name in names}
-        drawn = {name: value for name, value in given.items() if value is not None}
-        if self.workload is not None and drawn:
-            option = min(drawn).replace("_", "-")
-            raise WorkloadError(f"--{option} is for random tokens; leave it out with --workload")
-        return {
-            "workload": self.workload,
-            "synthetic": None if self.workload else Synthetic(**drawn),
-            "repeat": self.repeat,
-            "warm_up": self.warm_up,
-            "output": self.output,
-        }
-
-
-@bench.command
-def throughput(
-    workload: Workload = Workload(), *, config: ConfigPath, set_: Overrides = None
-) -> int:
-    """Send all requests at once to an engine in this process.
-
-    Args:
-      config: a YAML file; see configs/.
-    """
-    from engine import bench
-
-    with ProgressBar() as progress:
-        return bench.throughput(
-            config, overrides=set_ or (), progress=progress, **workload.arguments()
-        )
-
-
-@bench.command
-def latency(
-    workload: Workload = Workload(),
-    *,
-    config: ConfigPath,
-    set_: Overrides = None,
-    concurrency: int | None = None,
-    request_rate: float | None = None,
-) -> int:
-    """Send requests one after the other to an engine in this process.
-
-    Args:
-      config: a YAML file; see configs/.
-      concurrency: requests under way at once; 1 if neither this nor a rate is given.
-      request_rate: requests a second, arriving at random, instead.
-    """
-    from engine import bench
-
-    with ProgressBar() as progress:
-        return bench.latency(
-            config,
-            overrides=set_ or (),
-            concurrency=concurrency,
-            request_rate=request_rate,
-            progress=progress,
-            **workload.arguments(),
-        )
-
-
-@bench.command(name="serve")
-def bench_serve(
-    workload: Workload = Workload(),
-    *,
-    address: str = "127.0.0.1:50051",
-    concurrency: int | None = None,
-    request_rate: float | None = None,
-    server_pid: int | None = None,
-) -> int:
-    """Send requests to a running server.
-
-    Args:
-      address: host:port of the server.
-      concurrency: requests under way at once; all at once if neither this nor a rate is given.
-      request_rate: requests a second, arriving at random, instead.
-      server_pid: the server's process, if it runs on this machine, for its memory and CPU time.
-    """
-    from engine import bench
-
-    return bench.serve(
-        address,
-        concurrency=concurrency,
-        request_rate=request_rate,
-        server_pid=server_pid,
-        **workload.arguments(),
-    )
 
 
 def _load(path: Path, overrides: list[str] | None) -> Any:

@@ -8,6 +8,7 @@ nothing. ``LLM`` and the gRPC service are both built on this.
 from __future__ import annotations
 
 import asyncio
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -21,6 +22,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from engine.config import Architecture, Config, ConfigError
+from engine.core.picture import Frame, take_picture
+from engine.core.scheduler import SchedulerState
 from engine.domain_usage import DomainUsage, UsageByDomain
 from engine.public_prefixes import PUBLIC_PREFIX, read_public_prefixes
 from engine.resolve import Prompt, Resolver, deadline_after, is_quick
@@ -311,6 +314,42 @@ class Engine:
     def usage(self, domain: Domain) -> DomainUsage:
         """What the requests of one domain came to."""
         return self._usage.of(domain)
+
+    async def picture(self) -> Frame:
+        """Who holds which block between two steps, and what was done by then.
+
+        Raises:
+          EngineStopped: the step loop has ended. If it ends now, this waits for ever.
+        """
+        if not self.is_alive:
+            raise EngineStopped("the engine is closed, or failed; its log says why")
+        event_loop = asyncio.get_running_loop()
+        found: asyncio.Future[Frame] = event_loop.create_future()
+
+        def settle(moment: Frame | Exception) -> None:
+            if found.done():
+                return  # nobody waits any more
+            if isinstance(moment, Exception):
+                found.set_exception(moment)
+            else:
+                found.set_result(moment)
+
+        def look(state: SchedulerState) -> None:
+            totals = self._loop.totals
+            try:
+                moment = Frame(
+                    take_picture(state),
+                    time.monotonic() - self._started,
+                    totals.generated_tokens,
+                    totals.preemptions,
+                )
+            except Exception as error:  # it must not end the step loop
+                moment = error
+            with contextlib.suppress(RuntimeError):  # the event loop is closed
+                event_loop.call_soon_threadsafe(settle, moment)
+
+        self._loop.look(look)
+        return await found
 
     def watch_steps(self, on_step: Callable[[StepRecord], None] | None) -> None:
         """Have each step's figures passed to a function, on the step loop's thread."""

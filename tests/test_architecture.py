@@ -46,25 +46,28 @@ MAY_IMPORT: dict[str, set[str]] = {
     "llm": BELOW_SERVE | {"config_file", "loading", "frontend", "streams"},
     "generate": {"types", "llm"},
     "calibrate": BELOW_SERVE | {"loading", "resolve", "llm", "generate"},
-    "simulate": {"types", "config_file", "core", "progress"},
+    "dashboard": {"types", "core"},
+    "simulate": {"types", "config_file", "core", "progress", "dashboard"},
     "leakcheck": {"rpc", "progress", "__init__"},
+    "replay_page": {"types", "core", "runtime", "dashboard"},
     "progress": set(),
     "aot": BELOW_SERVE | {"config_file", "loading"},  # compiles what `loading` would start
     "rpc": set(),
     # __init__ holds the version.
-    "serve": BELOW_SERVE | {"domain_usage", "loading", "frontend", "rpc", "__init__"},
+    "serve": BELOW_SERVE | {"dashboard", "domain_usage", "loading", "frontend", "rpc", "__init__"},
     # The wire's translation to and from our types is one file for both ends.
     "client": {"types", "rpc", "serve.convert"},
     "chat": {"types", "client"},
     "bench": BELOW_SERVE
-    | {"config_file", "loading", "frontend", "llm", "client", "generate", "rpc", "__init__"},
+    | {"config_file", "loading", "frontend", "llm", "client", "generate", "rpc", "progress"}
+    | {"__init__"},
     "__init__": {"types", "llm"},  # on first use only, see `test_importing_the_package_is_free`
     "__main__": {"cli"},
 }
 ANYTHING = {"cli"}  # stands above all of them
 
 HEAVY = {"flax", "gguf", "grpc", "huggingface_hub", "jax", "jinja2", "orbax", "safetensors"}
-HEAVY |= {"tensorstore", "tokenizers"}
+HEAVY |= {"starlette", "tensorstore", "tokenizers", "uvicorn"}
 
 
 def _sources(*roots: str) -> list[Path]:
@@ -200,7 +203,7 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
 def test_what_runs_without_a_device_never_loads_jax() -> None:
     units = (
         *("types", "config", "core", "memory_plan", "plan_tables", "client", "chat"),
-        *("simulate", "leakcheck", "replay_tables"),
+        *("simulate", "leakcheck", "dashboard", "replay_tables"),
     )
     loaded = _loaded_after_importing(*_modules(*units))
     assert "engine.config" in loaded
@@ -223,7 +226,7 @@ def test_the_path_from_request_to_token_reads_in_an_hour() -> None:
     # client asks for, also in engine/sampling.py.
     beside = ("contiguous.py", "host_tier.py", "restoring.py", "forecast.py", "costs.py")
     beside += ("retention.py", "public.py", "upkeep.py", "merging.py", "beams.py", "buckets.py")
-    beside += ("inspection.py", "admission.py")
+    beside += ("inspection.py", "admission.py", "picture.py")
     path = [file for file in path if file.name not in beside]
     path += [ROOT / "engine" / "runtime" / name for name in ("runner.py", "step.py")]
     assert sum(len(file.read_text().splitlines()) for file in path) < MAX_LINES_REQUEST_TO_TOKEN

@@ -19,6 +19,7 @@ from engine.progress import ProgressBar
 from engine.weights import open_checkpoint
 from tests.command_line import CommandLine, Ended
 from tests.conftest import ROOT
+from tests.dashboard.reader import recordings
 from tests.runtime import tiny
 
 COMMANDS = ("serve", "chat", "generate", "plan", "calibrate", "replay", "convert", "bench")
@@ -129,6 +130,20 @@ def test_generate_records_what_replays(octavo: CommandLine, config: Path, tmp_pa
     assert "\n" not in ended.out.strip()
     assert "prompts" not in ended.out
     assert str(drawn["token_ids"])[1:-1].replace(" ", "") not in log.read_text()
+    page = tmp_path / "page.html"
+    assert octavo("replay", log, "--html", page).out == octavo("replay", log).out
+    (recording,) = recordings(page.read_text())
+    assert recording["frames"][-1]["running"] == []
+    assert recording["frames"][-1]["generated"] == 5 + 5 + len(chat["token_ids"])
+
+
+def test_a_page_that_others_reach_must_be_allowed(octavo: CommandLine, config: Path) -> None:
+    ended = octavo("serve", "-c", config, "--http", "0.0.0.0:0")
+    assert ended.code == 2
+    assert "--http-public" in ended.err
+    ended = octavo("serve", "-c", config, "--http-public")
+    assert ended.code == 2
+    assert "the page of --http, which is missing" in ended.err
 
 
 def test_a_log_with_tokens_is_asked_for_by_name(

@@ -14,6 +14,8 @@ from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from engine.core.retention import PUBLIC, Retention, Tag
 from engine.types import Domain
 
@@ -156,6 +158,10 @@ class BlockPool:
             self._block_of[key] = block
             self._key_of[block] = key
             self.retention.keep(block, tag)
+
+    def cached_blocks(self) -> np.ndarray:
+        """int32[C]: the blocks that are cached, in no order that counts."""
+        return np.fromiter(self._cached, np.int32, len(self._cached))
 
     def take_evicted(self) -> list[Evicted]:
         """What was evicted since the last call."""

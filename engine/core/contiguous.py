@@ -9,6 +9,8 @@ from __future__ import annotations
 import bisect
 from collections.abc import Iterable, Sequence
 
+import numpy as np
+
 from engine.core.block_pool import Evicted, OutOfBlocks, PoolCounts
 from engine.core.retention import PUBLIC, Retention, Tag
 from engine.types import Domain
@@ -132,6 +134,10 @@ class ContiguousPool:
 
     def name(self, block: int, key: bytes, tag: Tag = PUBLIC) -> None:
         """Nothing: no block will be looked for."""
+
+    def cached_blocks(self) -> np.ndarray:
+        """int32[0]: no block is ever cached."""
+        return np.zeros(0, np.int32)
 
     def take_evicted(self) -> list[Evicted]:
         """Nothing is evicted, as nothing is cached."""

@@ -10,6 +10,8 @@ from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from typing import NamedTuple
 
+import numpy as np
+
 from engine.core.block_pool import Evicted
 from engine.core.retention import Tag
 from engine.types import Domain, StepPlan
@@ -124,6 +126,12 @@ class HostTier:
             slot = self._entries.pop(key).slot
             self._free.append(slot)
             self._erased.append(slot)
+
+    def used_slots(self) -> np.ndarray:
+        """int32[H], rising: the slots that hold a block. O(slots), without a loop over them."""
+        is_used = np.ones(self.num_slots, bool)
+        is_used[self._free] = False
+        return np.flatnonzero(is_used).astype(np.int32)
 
     def copy(self) -> HostTier:
         """An independent tier in the same state. O(slots)."""

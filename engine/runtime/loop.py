@@ -58,11 +58,15 @@ class _Flush(NamedTuple):
     done: Future[int]
 
 
+class _Look(NamedTuple):
+    at: Callable[[SchedulerState], None]
+
+
 class _Wake(NamedTuple):
     """Blocks that a request waits for were read."""
 
 
-_Event = Request | _Abort | _Flush | _Wake | None
+_Event = Request | _Abort | _Flush | _Wake | _Look | None  # None: close
 
 
 class _InFlight(NamedTuple):
@@ -126,7 +130,7 @@ class EngineLoop:
         self._closing = False
         self._last_wait_end = 0.0
         self._gauges = (0, 0, self._state.pool)
-        self._num_pinned = 0
+        self.num_pinned_blocks = 0  # of public prefixes, after the last step
         self._thread = threading.Thread(target=self._run, name="octavo-loop", daemon=True)
         self._thread.start()
 
@@ -178,10 +182,14 @@ class EngineLoop:
                 self._inbox.put(_Flush(domain, done))
         return done
 
-    @property
-    def num_pinned_blocks(self) -> int:
-        """Blocks of public prefixes, after the last step."""
-        return self._num_pinned
+    def look(self, at: Callable[[SchedulerState], None]) -> None:
+        """Have the state between two steps passed to a function, on the loop's thread.
+
+        The function must be quick, must not raise, and must not keep or consume the state. It is
+        not called any more once the loop ends.
+        """
+        if not self._closing:
+            self._inbox.put(_Look(at))
 
     def close(self) -> None:
         """Abort what is left and stop. Safe to call twice."""
@@ -304,18 +312,16 @@ class EngineLoop:
         # Not more than there are now, however fast they come: running requests go on.
         self._taken += [self._inbox.get() for _ in range(self._inbox.qsize())]
         goes_on = self._apply(self._taken)
+        requests = [event for event in self._taken if isinstance(event, Request)]
         with self._entry:
-            self._num_submitted -= sum(
-                len(event.names) for event in self._taken if isinstance(event, Request)
-            )
+            self._num_submitted -= sum(len(request.names) for request in requests)
         self._taken = []
         return goes_on
 
     def _timeout(self) -> float | None:
-        """Seconds until something is due: blocks that may not be kept any longer, or a request
-        that has waited for its blocks for long enough."""
+        """Seconds until blocks may not be kept any longer, or a request waits no longer."""
         due = (self._clock.timeout(self._state), self.tiers.timeout)
-        return min((seconds for seconds in due if seconds is not None), default=None)
+        return min((time for time in due if time is not None), default=None)
 
     def _tick(self) -> None:
         """Let the scheduler know the time, when it has moved on enough to matter."""
@@ -346,6 +352,8 @@ class EngineLoop:
                 news.extend(self._end(event.request_id, event.reason))
             elif isinstance(event, _Flush):
                 self._flush(event)
+            elif isinstance(event, _Look):
+                event.at(self._state)
             elif isinstance(event, Request):
                 self._admit_all(self.tiers.release(*event.names), news)  # they were here first
                 if not self.tiers.hold(self._state, event):
@@ -437,6 +445,6 @@ class EngineLoop:
         self.totals.add_news(news)
         state = self._state
         self._gauges = (state.num_running, state.num_waiting, state.pool)
-        self._num_pinned = state.core.public.num_blocks
+        self.num_pinned_blocks = state.core.public.num_blocks
         if news:
             self._on_news(news)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -79,12 +79,19 @@ class Replayed:
     state: SchedulerState
 
 
-def replay(path: str | Path, *, check: bool = False) -> Replayed:
+def replay(
+    path: str | Path,
+    *,
+    check: bool = False,
+    on_step: Callable[[SchedulerState, int, int], None] = lambda state, tokens, preemptions: None,
+) -> Replayed:
     """Run a log through the scheduler and compare every plan with the recorded one.
 
     Args:
       path: a log that `Recorder` wrote; a torn last line is ignored.
       check: also assert all invariants after every event (slow: O(pool) each).
+      on_step: called after each plan with the state, which is consumed by the next event, and how
+        many tokens and preemptions there were.
 
     Raises:
       LogError: the file is not such a log, or a plan differs; names the line.
@@ -95,10 +102,11 @@ def replay(path: str | Path, *, check: bool = False) -> Replayed:
     for moment in after:
         state = moment.state
         requests += isinstance(moment.event, Admit | AdmitRequest)
+        tokens += sum(len(output.token_ids) for output in moment.outputs)
         if isinstance(moment.event, Schedule) and moment.plan:
             steps += 1
             preemptions += len(moment.plan.preempted)
-        tokens += sum(len(output.token_ids) for output in moment.outputs)
+            on_step(state, tokens, preemptions)
     return Replayed(requests, steps, tokens, preemptions, header.holds_tokens, state)
 
 

@@ -30,6 +30,7 @@ from engine.serve.service import SERVICE_NAME, GenerationService
 
 if TYPE_CHECKING:
     from engine.frontend import Engine, ModelInfo
+    from engine.serve.http import HttpServer, Watching
 
 log = logging.getLogger("octavo.serve")
 
@@ -50,15 +51,29 @@ class Server:
     Args:
       config: where to listen, and the limits.
       grace: seconds that streams have to end by themselves when the server stops.
+      http: host and port of the page that shows the pool; None: there is none.
     """
 
-    def __init__(self, config: ServerConfig, *, grace: float = GRACE_SECONDS):
+    def __init__(
+        self,
+        config: ServerConfig,
+        *,
+        grace: float = GRACE_SECONDS,
+        http: tuple[str, int] | None = None,
+    ):
         self._config = config
         self._grace = grace
         self._port = config.port
         self._service = GenerationService(config.max_concurrent, public_stats=config.public_stats)
         self._health = health.aio.HealthServicer()  # type: ignore[missing-attribute]
         self._server: grpc.aio.Server | None = None
+        self._http: HttpServer | None = None
+        self._watching: Watching | None = None
+        if http is not None:
+            from engine.serve.http import HttpServer, Watching, make_app
+
+            self._watching = Watching()
+            self._http = HttpServer(make_app(self._watching.routes, http[0]), *http)
 
     @property
     def address(self) -> str:
@@ -68,6 +83,11 @@ class Server:
             if (ip := ipaddress.ip_address(host)).is_unspecified:
                 host = "127.0.0.1" if ip.version == 4 else "::1"
         return _join(host, self._port)
+
+    @property
+    def page(self) -> str | None:
+        """Where the page is, if there is one."""
+        return None if self._http is None else self._http.url
 
     async def start(self) -> None:
         """Listen. Health is NOT_SERVING, and calls are UNAVAILABLE, until `set_engine`.
@@ -86,6 +106,14 @@ class Server:
         except RuntimeError as error:  # taken since we looked
             raise AddressUnavailable(f"can't listen on {address}: {error}") from None
         await self._server.start()
+        if self._http is not None:
+            try:
+                await self._http.start()
+            except OSError as error:
+                raise AddressUnavailable(
+                    f"can't show a page on {self._http.url}: {error.strerror}; choose another "
+                    "port with --http (0 takes a free one)"
+                ) from None
         if not _is_loopback(config.host):
             also = ", and watch what others do (server.public_stats)" if config.public_stats else ""
             log.warning("%s has no authentication: whoever reaches it may use it%s", address, also)
@@ -93,10 +121,15 @@ class Server:
     async def set_engine(self, engine: Engine) -> None:
         """Begin to serve: health is SERVING from here on."""
         self._service.set_engine(engine)
+        if self._watching is not None:
+            self._watching.engine = engine
         await self._set_health(health_pb2.HealthCheckResponse.SERVING)
 
     async def stop(self) -> None:
         """Refuse new calls, let streams end for a while, abort the rest, stop listening."""
+        if self._http is not None and self._watching is not None:
+            self._watching.close()
+            await self._http.stop()
         self._service.shut_down()
         await self._health.enter_graceful_shutdown()
         if not await self._service.wait_idle(self._grace):
@@ -121,12 +154,36 @@ class Server:
             await self._health.set(service, status)
 
 
+def page_address(text: str, *, public: bool) -> tuple[str, int]:
+    """Host and port of `[host:]port`, where the page shall be; the host is this machine alone
+    unless it may be `public`. An IPv6 address stands in brackets.
+
+    Raises:
+      ValueError: it is not such an address, or one that others reach.
+    """
+    host, colon, port = text.rpartition(":")
+    if host.startswith("[") and host.endswith("]"):
+        host = host[1:-1]
+    elif ":" in host:
+        raise ValueError(f"--http is {text!r:.80}; put an IPv6 address in brackets: [::1]:8080")
+    if not (port.isascii() and port.isdigit()) or int(port) > 65535 or (colon and not host):
+        raise ValueError(f"--http is {text!r:.80}; it must be a port, or host:port")
+    host = host or "127.0.0.1"
+    if not (public or _is_loopback(host)):
+        raise ValueError(
+            f"--http is {text!r:.80}, which other machines reach; the page shows the requests of "
+            "all tenants and has no authentication. Use 127.0.0.1, or allow it with --http-public"
+        )
+    return host, int(port)
+
+
 def run_server(
     config: Config,
     record: str | None = None,
     progress: Callable[..., None] | None = None,
     *,
     record_tokens: bool = False,
+    http: tuple[str, int] | None = None,
 ) -> int:
     """Serve a config until SIGINT or SIGTERM. The implementation of `octavo serve`.
 
@@ -135,6 +192,7 @@ def run_server(
       record: a file to which the engine writes its event log.
       progress: passed to `Engine.from_config`.
       record_tokens: the log holds requests and token ids in full.
+      http: host and port of the page that shows the pool; None: there is none.
 
     Returns:
       The exit code: 0 after a signal, 1 if the address is not available or the engine stopped
@@ -152,10 +210,15 @@ def run_server(
             config, record=record, record_tokens=record_tokens, progress=progress
         )
 
-    return serve(config.server, load)
+    return serve(config.server, load, http=http)
 
 
-def serve(config: ServerConfig, load: Callable[[], Engine], grace: float = GRACE_SECONDS) -> int:
+def serve(
+    config: ServerConfig,
+    load: Callable[[], Engine],
+    grace: float = GRACE_SECONDS,
+    http: tuple[str, int] | None = None,
+) -> int:
     """Listen, load the engine, serve until a signal or the engine's end, close the engine.
 
     The address is taken before the engine is loaded: a busy port shows at once, not after a
@@ -163,11 +226,12 @@ def serve(config: ServerConfig, load: Callable[[], Engine], grace: float = GRACE
     call as a healthy one: what supervises it can start it again. Exceptions of `load` pass
     through. Returns the exit code.
     """
-    server = Server(config, grace=grace)
+    server = Server(config, grace=grace, http=http)
     with background_loop() as run:
         try:
             run(server.start())
         except AddressUnavailable as error:
+            run(server.stop())  # it may listen on one of two addresses
             print(f"octavo: {error}", file=sys.stderr)
             return 1
         with contextlib.ExitStack() as cleanup:
@@ -177,6 +241,8 @@ def serve(config: ServerConfig, load: Callable[[], Engine], grace: float = GRACE
             cleanup.callback(lambda: run(server.stop()))  # before the engine closes
             run(server.set_engine(engine))
             print(_ready_line(engine.model_info(), server.address), flush=True)
+            if server.page is not None:
+                print(f"Its cache is shown on {server.page}", flush=True)
             if _wait_for_signal(lambda: engine.is_alive):
                 return 0
             log.error(

@@ -6,7 +6,9 @@ No device and no model is needed, and nothing heavier than NumPy is loaded.
 from __future__ import annotations
 
 import json as json_module
+import sys
 from collections.abc import Sequence
+from itertools import zip_longest
 from pathlib import Path
 from typing import Annotated
 
@@ -15,6 +17,8 @@ from rich.console import Console
 
 from engine.config_file import parse_size
 from engine.core.limits import Allocator, Limits
+from engine.dashboard.page import single_file
+from engine.dashboard.recording import Recording
 from engine.progress import ProgressBar
 from engine.simulate.cost import DEVICES, CostModel
 from engine.simulate.report import Figures, figures, render, summary
@@ -46,6 +50,7 @@ def simulate(
     prefix_reuse: bool = True,
     host_memory: str | int | None = None,
     json: bool = False,
+    html: Path | None = None,
     console: Annotated[Console | None, Parameter(parse=False)] = None,
 ) -> list[Figures]:
     """Run allocators under the real scheduler on one stream, print a report, and return it.
@@ -73,6 +78,8 @@ def simulate(
       prefix_reuse: off to compare with; every prompt is then computed whole.
       host_memory: bytes of the tier below the pool, or text such as 8GiB; none by default.
       json: print JSON instead of a table.
+      html: also write a page here that shows the pools side by side over time; one file, which
+        opens from a disk.
       console: where to print.
 
     Raises:
@@ -114,7 +121,8 @@ def simulate(
         prefix_reuse=prefix_reuse and stream.has_shared_prefixes,
         host_blocks=host_blocks,
     )
-    reports = _run_all(stream, limits, cost, names, max_tokens)
+    recordings = [Recording(name) for name in names] if html else []
+    reports = _run_all(stream, limits, cost, names, max_tokens, recordings)
     console = console or Console()
     if json:
         document = {
@@ -133,7 +141,34 @@ def simulate(
         replies = "" if max_tokens is None else f", replies of at most {max_tokens:,}"
         title = f"{source}; {context}{replies}\n{blocks:,} blocks of {block_size}; {cost.name}"
         console.print(render(title, reports, block_size))
+    if html is not None:
+        html.write_text(_page(source, limits, cost, reports, recordings), encoding="utf-8")
+        frames = " and ".join(f"{len(recording)}" for recording in recordings)
+        print(f"wrote {html}, with {frames} moments", file=sys.stderr)
     return reports
+
+
+def _page(
+    source: str,
+    limits: Limits,
+    cost: CostModel,
+    reports: list[Figures],
+    recordings: list[Recording],
+) -> str:
+    pool = f"{limits.num_blocks:,} blocks of {limits.block_size} tokens"
+    return single_file(
+        f"{source} · {pool} · {cost.name}",
+        [recording.as_dict() for recording in recordings],
+        unit="s",
+        summary=summary(reports, limits.block_size),
+        figures=[
+            ("useful", *(f"{r.owned.held + r.owned.coming:.1%}" for r in reports)),
+            ("sequences at once", *(f"{r.running:,.1f}" for r in reports)),
+            ("output tokens/s", *(f"{r.output_tokens_per_s:,.0f}" for r in reports)),
+            ("preemptions", *(f"{r.preemptions:,}" for r in reports)),
+            ("finished after", *(f"{r.duration_s:,.1f} s" for r in reports)),
+        ],
+    )
 
 
 def _allocators(given: Sequence[str]) -> tuple[Allocator, ...]:
@@ -170,10 +205,11 @@ def _run_all(
     cost: CostModel,
     names: tuple[Allocator, ...],
     max_tokens: int | None,
+    recordings: Sequence[Recording],
 ) -> list[Figures]:
     reports = []
     with ProgressBar() as progress:
-        for name in names:
+        for name, recording in zip_longest(names, recordings):
             outcome = run(
                 stream,
                 limits,
@@ -181,6 +217,7 @@ def _run_all(
                 name,
                 max_tokens=max_tokens,
                 progress=lambda done, name=name: progress(name, done, len(stream)),
+                recording=recording,
             )
             reports.append(figures(outcome, stream.prompt_tokens))
     return reports

@@ -16,7 +16,9 @@ import numpy as np
 
 from engine.core import scheduler
 from engine.core.limits import Allocator, Limits
+from engine.core.picture import Frame, take_picture
 from engine.core.scheduler import SchedulerState
+from engine.dashboard.recording import Recording
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.simulate.cost import CostModel
 from engine.simulate.samples import Sample, take_sample
@@ -74,6 +76,7 @@ def run(
     sample_steps: int = SAMPLE_STEPS,
     progress: Callable[[int], None] = lambda num_ended: None,
     on_plan: Callable[[StepPlan], None] = lambda plan: None,
+    recording: Recording | None = None,
 ) -> Outcome:
     """Serve a stream to its end.
 
@@ -84,6 +87,7 @@ def run(
       sample_steps: steps from one sample to the next.
       progress: told now and then how many requests have ended.
       on_plan: told of every step.
+      recording: gets frames of the pool.
     """
     limits = dataclasses.replace(
         limits,
@@ -94,7 +98,7 @@ def run(
         # the queue needs no memory here.
         max_waiting=limits.max_num_seqs,
     )
-    return _Run(stream, limits, cost, max_tokens, on_plan).run(sample_steps, progress)
+    return _Run(stream, limits, cost, max_tokens, on_plan).run(sample_steps, progress, recording)
 
 
 class _Run:
@@ -126,11 +130,15 @@ class _Run:
         self.num_ended = self.num_steps = self.num_computed = self.num_preemptions = 0
         self.num_swapped_out = self.num_swapped_in = 0
 
-    def run(self, sample_steps: int, progress: Callable[[int], None]) -> Outcome:
+    def run(
+        self, sample_steps: int, progress: Callable[[int], None], recording: Recording | None
+    ) -> Outcome:
         while True:
             self._admit()
             if not self.state.is_idle:
                 self._step(sample_steps)
+                if recording is not None:
+                    recording.add(self.clock_s, self._frame)
                 if self.num_steps % 256 == 0:
                     progress(self.num_ended)
             elif (due := self.arrivals.next_s) < math.inf:
@@ -138,6 +146,8 @@ class _Run:
             else:
                 break
         progress(self.num_ended)
+        if recording is not None:
+            recording.add(self.clock_s, self._frame, is_last=True)
         return Outcome(
             self.limits,
             self.arrival_s,
@@ -153,6 +163,16 @@ class _Run:
             self.num_swapped_out,
             self.num_swapped_in,
         )
+
+    def _frame(self) -> Frame:
+        """What the pool looks like now, and all that wait."""
+        live = self.state.core.sequences.values()
+        generated = int(self.num_generated.sum())
+        generated += sum(len(seq.token_ids) - seq.num_prompt for seq in live)
+        picture = take_picture(self.state)
+        num_waiting = picture.num_waiting + self.arrivals.num_due(self.clock_s)
+        picture = dataclasses.replace(picture, num_waiting=num_waiting)
+        return Frame(picture, self.clock_s, generated, self.num_preemptions)
 
     def _admit(self) -> None:
         """Queue what has arrived, in order, as far as the queue goes."""

@@ -635,7 +635,7 @@ def a_lost_public_prefix_stays_pinned(patch: Patch) -> None:
 
 @mutant
 def a_request_counts_on_pinned_blocks(patch: Patch) -> None:
-    rewrite(patch, admission, "check_request", "- len(core.public.keys)", "")
+    rewrite(patch, scheduler, "check_request", "- len(core.public.keys)", "")
 
 
 # Blocks that are merged.
@@ -771,7 +771,7 @@ def the_reserve_does_not_count(patch: Patch) -> None:
 
 @beam_mutant
 def searches_are_admitted_whatever_they_can_come_to_need(patch: Patch) -> None:
-    rewrite(patch, admission, "check_request", "if most > num_blocks", "if False")
+    rewrite(patch, scheduler, "check_request", "if most > num_blocks", "if False")
 
 
 @beam_mutant

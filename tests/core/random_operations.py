@@ -27,7 +27,7 @@ LIMITS: Ranges = {
     "max_model_len": (6, 40),
     "max_waiting": (1, 16),
     "prefix_reuse": (0, 9),  # on above 5; below 5 blocks are merged instead
-    "host_blocks": (-4, 12),  # none if it is not above 0
+    "host_blocks": (-2, 12),  # none if it is not above 0
     "max_preemptions": (1, 2),
     "max_in_flight": (1, 3),
     "public": (-30, 12),  # tokens of a text that is public; none if it is not above 0

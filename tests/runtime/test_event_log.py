@@ -98,10 +98,10 @@ def first_line_with(path: Path, kind: str, occurrence: int = 0) -> int:
     return [number for number, event in enumerate(events, 1) if kind in event][occurrence]
 
 
-def error_of(path: Path, **options: bool) -> str:
+def error_of(path: Path, *, check: bool = False) -> str:
     """How a replay complains."""
     with pytest.raises(LogError) as caught:
-        replay(path, **options)
+        replay(path, check=check)
     return str(caught.value)
 
 

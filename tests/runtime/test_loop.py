@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -505,3 +506,26 @@ def test_failures_and_deadlines_replay(runner: FakeRunner, tmp_path: Path) -> No
     assert seen.requests == 8
     assert seen.tokens == sum(len(result.token_ids) for result in results)
     assert seen.state.is_idle
+
+
+def test_who_looks_sees_a_state_between_two_steps(
+    runner: FakeRunner, running: tuple[EngineLoop, Listener]
+) -> None:
+    engine_loop, listener = running
+    seen: queue.SimpleQueue[tuple[str, bool]] = queue.SimpleQueue()
+
+    def look() -> None:
+        engine_loop.look(lambda state: seen.put((threading.current_thread().name, "a" in state)))
+
+    look()  # which wakes an idle loop
+    assert seen.get(timeout=10) == ("octavo-loop", False)
+    runner.gate.clear()
+    engine_loop.submit(make_request("a", range(5), FOREVER))
+    look()
+    runner.gate.set()
+    assert seen.get(timeout=10) == ("octavo-loop", True)
+    engine_loop.abort("a")
+    listener.until_ended("a")
+    engine_loop.close()
+    look()
+    assert seen.empty()

@@ -136,7 +136,7 @@ def test_a_server_without_isolation_is_for_loopback_only(host: str) -> None:
 def test_a_server_without_isolation_says_so_loudly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("engine.serve.server.serve", lambda config, load: 0)
+    monkeypatch.setattr("engine.serve.server.serve", lambda config, load, **options: 0)
     for isolation, is_told in (("domain", False), ("none", True)):
         cache = {"num_blocks": 1, "isolation": isolation}
         config = from_tree({"model": {"source": "nowhere"}, "cache": cache})

@@ -11,6 +11,7 @@ import pytest
 from rich.console import Console
 
 from engine.simulate.command import simulate
+from tests.dashboard.reader import document, recordings
 
 SMALL: dict[str, Any] = {"requests": 40, "num_blocks": 400, "max_num_seqs": 16}
 
@@ -31,6 +32,27 @@ def test_the_report_has_a_column_an_allocator_and_a_last_line() -> None:
     alone = _output(allocator=["contiguous"]).rstrip().splitlines()
     assert alone[-1].startswith("contiguous ")
     assert "at once" not in alone[-1]
+
+
+def test_the_page_has_both_pools_on_the_same_stream_to_their_ends(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "out.html"
+    report = json.loads(_output(html=path, json=True))
+    naive_and_paged = recordings(path.read_text(encoding="utf-8"))
+    assert "wrote" in capsys.readouterr().err
+    for recording, figures in zip(naive_and_paged, report["allocators"], strict=True):
+        assert recording["name"] == figures["allocator"]
+        frames = recording["frames"]
+        times = [frame["time"] for frame in frames]
+        assert times == sorted(times)
+        assert times[-1] == pytest.approx(figures["duration_s"], abs=1e-3)
+        assert frames[-1]["generated"] == figures["output_tokens"]
+        assert frames[-1]["preemptions"] == figures["preemptions"]
+        assert frames[-1]["running"] == frames[-1]["waiting"] == []
+        # All that wait are counted, not only those that the scheduler was told of.
+        assert frames[0]["num_waiting"] + len(frames[0]["running"]) + figures["rejected"] >= 39
+    assert report["summary"] in document(path.read_text(encoding="utf-8"))["summary"]
 
 
 def test_the_same_seed_gives_the_same_report() -> None:
