@@ -13,7 +13,6 @@ from collections.abc import Callable
 import pytest
 
 from engine.core import (
-    admission,
     beams,
     inspection,
     merging,
