@@ -26,13 +26,13 @@ from rich.table import Table
 from engine.bench import machine
 from engine.bench.report import BUSY_CORES
 from engine.config import BucketConfig, SchedulerConfig
-from engine.core import batching, scheduler
+from engine.core import batching, scheduler, upkeep
 from engine.core.buckets import bucket_set
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
 from engine.runtime.recorder import Recorder
 from engine.sampling import SamplingParams
-from engine.types import Request, StepPlan, StepTokens
+from engine.types import Domain, Fork, Request, StepPlan, StepTokens
 
 BLOCK_SIZE = 16
 VOCAB_SIZE = 32_000
@@ -40,6 +40,9 @@ MAX_MODEL_LEN = 4096
 MAX_STEP_TOKENS = 8192
 PROMPT_LIMIT = 256  # tokens; prompts have half of it on average
 WARM_STEPS = 20  # steps of each round that don't count, once every sequence runs
+STEP_MS = 10  # of the clock, where there is one
+TIME_TO_LIVE_MS = 2_000
+PUBLIC = tuple(range(128))
 MEAN_OUTPUT = 128  # tokens; in the case where sequences end
 
 
@@ -52,12 +55,17 @@ class Case:
       turnover: whether they end, after MEAN_OUTPUT tokens on average, and others start in
         their place: their blocks are cached, evicted and matched. Else all run on.
       recorded: whether the event log is written, to nowhere; its time is in schedule and commit.
+      everything: whether there are a host tier, a public prefix, several domains, times to live
+        with a clock that moves in each step, and requests for several samples, with
+        copy-on-write. The pool is then so small that blocks must leave it; those beyond are the
+        host tier's.
     """
 
     name: str
     greedy: bool
     turnover: bool
     recorded: bool = False
+    everything: bool = False
 
 
 CASES = (
@@ -65,6 +73,7 @@ CASES = (
     Case("sampled", greedy=False, turnover=False),
     Case("turnover", greedy=True, turnover=True),
     Case("recorded", greedy=True, turnover=True, recorded=True),
+    Case("everything", greedy=True, turnover=True, everything=True),
 )
 
 
@@ -77,6 +86,7 @@ class Sample(NamedTuple):
     rows: int
     tokens: int
     preempted: int
+    moved: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,6 +123,7 @@ class Result:
     mean_rows: float
     mean_tokens: float
     preempted: int
+    moved: int
     schedule: Timing
     build: Timing
     commit: Timing
@@ -187,12 +198,14 @@ def _steady_output(sequences: int, steps: int) -> int:
 
 def measure(case: Case, num_blocks: int, sequences: int, steps: int, rounds: int) -> Result:
     """Time the steps of some rounds; the arguments are as in `run`."""
+    pool = min(num_blocks, blocks_needed(sequences, steps)) if case.everything else num_blocks
     limits = Limits(
-        num_blocks=num_blocks,
+        num_blocks=pool,
         block_size=BLOCK_SIZE,
         max_num_seqs=sequences,
         max_step_tokens=max(MAX_STEP_TOKENS, sequences),
         max_model_len=MAX_MODEL_LEN,
+        host_blocks=max(pool, num_blocks - pool) if case.everything else 0,
     )
     draw = np.random.RandomState(0)
     samples: list[Sample] = []
@@ -213,6 +226,7 @@ def measure(case: Case, num_blocks: int, sequences: int, steps: int, rounds: int
         mean_rows=statistics.fmean(sample.rows for sample in samples),
         mean_tokens=statistics.fmean(sample.tokens for sample in samples),
         preempted=sum(sample.preempted for sample in samples),
+        moved=sum(sample.moved for sample in samples),
         schedule=Timing.of([sample.schedule for sample in samples]),
         build=Timing.of([sample.build for sample in samples]),
         commit=Timing.of([sample.commit for sample in samples]),
@@ -242,6 +256,9 @@ def _steps(
     state = SchedulerState.initial(limits)
     in_flight: tuple[StepPlan, StepTokens] | None = None
     steps_since_full = -1
+    now = 0
+    if case.everything:
+        state = _with_public_prefix(state, limits)
     while True:
         while state.num_running + state.num_waiting < limits.max_num_seqs:
             request = next(requests)
@@ -252,6 +269,9 @@ def _steps(
             steps_since_full += 1
         counts = watch.counts = steps_since_full > WARM_STEPS
         begin = time.perf_counter()
+        if case.everything:
+            now += STEP_MS
+            state = upkeep.tick(state, now)
         state, plan = scheduler.schedule(state, limits)
         if recorder:
             recorder.schedule(plan)
@@ -277,6 +297,11 @@ def _steps(
                 rows=len(plan.rows),
                 tokens=plan.num_tokens,
                 preempted=len(plan.preempted),
+                moved=len(plan.block_copies)
+                + len(plan.swap_outs)
+                + len(plan.swap_ins)
+                + len(plan.erased_blocks)
+                + len(plan.erased_slots),
             )
 
 
@@ -319,12 +344,29 @@ def _requests(case: Case, draw: np.random.RandomState, output_len: int) -> Itera
         num_prompt = int(draw.randint(1, PROMPT_LIMIT))
         prompt = draw.randint(0, VOCAB_SIZE, num_prompt).tolist()
         max_tokens = output_len
+        more: dict[str, Any] = {}
+        if case.everything:
+            more["domain"] = Domain(f"tenant {number % 16}")
+            more["cache_ttl"] = TIME_TO_LIVE_MS if number % 3 else 0
+            if number % 8 == 0:
+                more["forks"] = (Fork(f"{number}.1", 1), Fork(f"{number}.2", 2))
+            if number % 4 == 1:
+                prompt = [*PUBLIC, *prompt][:PROMPT_LIMIT]
         if case.turnover:
-            if number % 2:
+            if number % 2 and not case.everything:
                 prompt[:64] = prefixes[number // 2 % len(prefixes)][:num_prompt]
             max_tokens = int(draw.randint(1, 2 * MEAN_OUTPUT))
-        yield Request(f"{number}", tuple(prompt), sampling, max_tokens)
+        yield Request(f"{number}", tuple(prompt), sampling, max_tokens, **more)
         number += 1
+
+
+def _with_public_prefix(state: SchedulerState, limits: Limits) -> SchedulerState:
+    greedy = SamplingParams(temperature=0.0)
+    state = scheduler.admit(
+        state, limits, Request("public", PUBLIC, greedy, max_tokens=1, is_public=True)
+    )
+    state, plan = scheduler.schedule(state, limits)
+    return scheduler.commit(state, plan, StepTokens((0,)), limits).state
 
 
 def _table(results: Sequence[Result]) -> Table:

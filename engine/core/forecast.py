@@ -9,7 +9,8 @@ under SLA Guarantees", 2025; here with expectations instead of samples, so that 
 from __future__ import annotations
 
 from collections import deque
-from typing import TYPE_CHECKING
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
@@ -21,6 +22,22 @@ MEMORY = 512  # outputs that are remembered
 LEAST = 16  # below so many, nothing is forecast
 MOMENTS = 16  # how many moments from now on are looked at
 SPREAD = 2.0  # standard deviations above the mean that are kept free
+
+
+class Demand(NamedTuple):
+    """Blocks that are held at some moments from now on, in expectation, and the variance."""
+
+    mean: np.ndarray  # float64[MOMENTS]
+    variance: np.ndarray
+
+    def plus(self, other: Demand) -> Demand:
+        """That of these sequences and others together."""
+        return Demand(self.mean + other.mean, self.variance + other.variance)
+
+    @property
+    def peak(self) -> float:
+        """The working set: the most at any of the moments, and some to spare."""
+        return float(np.max(self.mean + SPREAD * np.sqrt(self.variance)))
 
 
 class OutputLengths:
@@ -37,10 +54,10 @@ class OutputLengths:
         self._latest.append(length)
         self._sorted = None
 
-    def working_set(
+    def demand(
         self, generated: np.ndarray, held: np.ndarray, most: np.ndarray, block_size: int
-    ) -> float | None:
-        """The most blocks that sequences are expected to hold at a time, from now to their ends.
+    ) -> Demand | None:
+        """What sequences are expected to hold from now to their ends.
 
         A sequence grows by a token a step. An output that is longer than any that ended goes on.
 
@@ -51,7 +68,7 @@ class OutputLengths:
           block_size: tokens in a block; half of each last one is taken to be empty.
 
         Returns:
-          Blocks, or None while too few outputs have ended to tell.
+          None while too few outputs have ended to tell.
         """
         if len(self._latest) < LEAST:
             return None
@@ -68,7 +85,7 @@ class OutputLengths:
         blocks = (held + moments) / block_size + 0.5
         mean = np.sum(alive * blocks, axis=1)
         variance = np.sum(alive * (1 - alive) * blocks**2, axis=1)
-        return float(np.max(mean + SPREAD * np.sqrt(variance)))
+        return Demand(mean, variance)
 
     def copy(self) -> OutputLengths:
         """Independent lengths in the same state."""
@@ -77,17 +94,49 @@ class OutputLengths:
         return other
 
 
-def fits_with_all(core: Core, seq: Sequence) -> bool:
-    """Whether the pool is expected to hold the running sequences to their ends, and this one."""
-    everyone = [*core.running, seq]
-    forks = [fork for one in everyone for fork in one.forks]
-    everyone += forks  # as long as their parents so far, and growing like them
-    lengths = np.array([(one.num_total, one.num_prompt, one.max_total) for one in everyone]).T
-    held, num_prompt, most = lengths
-    blocks = core.output_lengths.working_set(held - num_prompt, held, most, core.block_size)
-    if blocks is None:
-        return True
-    # Blocks that several own, or will, are counted for each of them: take that off again.
-    saved = sum(one.num_blocks for one in core.running) - core.pool.counts.owned
-    saved += sum(fork.num_prompt // core.block_size for fork in forks)
-    return blocks - saved <= core.pool.num_blocks
+class WorkingSet:
+    """Whether further sequences are expected to fit beside those that run. For one plan, and made
+    only if somebody waits.
+
+    Where all fit at their longest, nothing is forecast; else what the running ones need is worked
+    out once.
+    """
+
+    def __init__(self, core: Core):
+        self._core = core
+        self._longest = sum(map(self._most_of, core.running))  # blocks, if all get as long as that
+        self._demand: Demand | None = None  # once it is asked for
+        self._next: Demand | None = None  # of the sequence that was asked about last
+
+    def has_room_for(self, seq: Sequence) -> bool:
+        """Whether the pool is expected to hold all to their ends, and this one."""
+        core = self._core
+        if self._longest + self._most_of(seq) <= core.pool.num_blocks:
+            return True
+        self._demand = self._demand or self._of(core.running)
+        self._next = self._of([seq])
+        if self._demand is None or self._next is None:
+            return True
+        # Blocks that several own, or will, are counted for each of them: take that off again.
+        saved = sum(one.num_blocks for one in core.running) - core.pool.counts.owned
+        for one in (*core.running, seq):
+            saved += sum(fork.num_prompt // core.block_size for fork in one.forks)
+        return self._demand.plus(self._next).peak - saved <= core.pool.num_blocks
+
+    def add(self, seq: Sequence) -> None:
+        """The sequence that was asked about last is about to run."""
+        self._longest += self._most_of(seq)
+        if self._demand is not None and self._next is not None:
+            self._demand = self._demand.plus(self._next)
+
+    def _most_of(self, seq: Sequence) -> int:
+        return (1 + len(seq.forks)) * self._core.blocks_for(seq.max_total - 1)
+
+    def _of(self, sequences: Iterable[Sequence]) -> Demand | None:
+        core = self._core
+        everyone = list(sequences)
+        # Forks are as long as their parents so far, and grow like them.
+        everyone += [fork for one in everyone for fork in one.forks]
+        lengths = np.array([(one.num_total, one.num_prompt, one.max_total) for one in everyone])
+        held, num_prompt, most = lengths.T
+        return core.output_lengths.demand(held - num_prompt, held, most, core.block_size)

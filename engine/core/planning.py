@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from engine.core import beams
 from engine.core.core import Core, Holding
 from engine.core.costs import keeping_pays, restoring_pays
-from engine.core.forecast import fits_with_all
+from engine.core.forecast import WorkingSet
 from engine.core.limits import Limits
 from engine.core.sequences import NO_SLOT, Sequence
 from engine.types import BlockCopy, PlanRow, StepPlan, SwapIn, SwapOut
@@ -87,31 +87,43 @@ def _schedule_decodes(core: Core, rows: list[PlanRow], copies: list[BlockCopy]) 
     while index < len(running):
         seq = running[index]
         index += 1
-        if seq.num_uncomputed != 1 or seq.num_total >= seq.max_total:
+        if seq.num_total - seq.num_computed != 1 or seq.num_total >= seq.max_total:
             continue
-        group = seq.beams
-        if group is not None and seq.num_pending:
+        if seq.beams is not None and seq.num_pending:
             continue  # which beams go on is not known yet
-        while needed := (
-            _needs_block(seq, core) if group is None else beams.num_needed(seq, block_size)
-        ):
-            if needed <= core.pool.num_available + (0 if group is None else len(group.reserve)):
-                for one in (seq,) if group is None else group.members:
-                    if _needs_block(one, core):
-                        _give_block(one, core, copies)
-                break
-            # The lowest rank that may be is given up. Those after this one have no row yet; and
-            # if there are none, it goes itself: the higher ranks keep what they have.
-            victim = next(
-                low for low in reversed(running) if low is seq or not core.is_protected(low)
-            )
-            preempted += core.preempt(victim)
+        is_at_end = seq.num_computed == seq.num_blocks * block_size
+        if is_at_end or seq.shares_tail or seq.beams is not None:
+            preempted += _make_room(seq, core, copies)
             if seq.slot == NO_SLOT:
-                break
-        if seq.slot == NO_SLOT:
-            index -= 1  # the next one has moved up
-            continue
+                index -= 1  # the next one has moved up
+                continue
         rows.append(_advance(seq, 1, block_size))
+    return preempted
+
+
+def _make_room(seq: Sequence, core: Core, copies: list[BlockCopy]) -> list[str]:
+    """See to it that a sequence, with its whole gang if it is a beam, can write its next position.
+
+    Returns the ids of those that lost their blocks for it; it may be among them.
+    """
+    preempted: list[str] = []
+    group = seq.beams
+    while needed := (
+        _needs_block(seq, core) if group is None else beams.num_needed(seq, core.block_size)
+    ):
+        if needed <= core.pool.num_available + (0 if group is None else len(group.reserve)):
+            for one in (seq,) if group is None else group.members:
+                if _needs_block(one, core):
+                    _give_block(one, core, copies)
+            break
+        # The lowest rank that may be is given up. Those after this one have no row yet; and if
+        # there are none, it goes itself: the higher ranks keep what they have.
+        victim = next(
+            low for low in reversed(core.running) if low is seq or not core.is_protected(low)
+        )
+        preempted += core.preempt(victim)
+        if seq.slot == NO_SLOT:
+            break
     return preempted
 
 
@@ -151,6 +163,7 @@ def _admit_waiting(
 ) -> Holding | None:
     """Start waiting requests, strictly in order. Returns what holds the next one back."""
     block_size = limits.block_size
+    expected: WorkingSet | None = None
     while (seq := core.waiting.first()) is not None:
         if seq.num_pending:
             return "token"  # preempted with one on the way, which the recomputation needs
@@ -176,8 +189,10 @@ def _admit_waiting(
         growth = core.num_slots - unclaimed
         if core.running and not core.pool.has_room(needed, growth):
             return "blocks"
-        if core.running and not fits_with_all(core, seq):
+        expected = expected or WorkingSet(core)
+        if core.running and not expected.has_room_for(seq):
             return "forecast"
+        expected.add(seq)
         restored = core.start(seq, hits, len(slots))
         swap_ins += map(SwapIn, slots, restored)
         if restored:  # they are there before the step, so even this plan may match them

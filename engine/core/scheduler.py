@@ -188,7 +188,8 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
             continue
         token = tokens.token_ids[index]
         seq.token_ids.append(token)
-        if limits.prefix_reuse:
+        full = (seq.num_blocks_named + 1) * limits.block_size  # a call a token would cost more
+        if limits.prefix_reuse and len(seq.token_ids) >= full:
             planning.name_full_blocks(seq, core, limits)
         if token in row.request.stop_ids:
             reason = FinishReason.STOP

@@ -278,7 +278,7 @@ def a_preempted_sequence_comes_straight_back(patch: Patch) -> None:
 
 @mutant
 def the_highest_rank_is_preempted(patch: Patch) -> None:
-    rewrite(patch, planning, "_schedule_decodes", "in reversed(running)", "in running")
+    rewrite(patch, planning, "_make_room", "in reversed(core.running)", "in core.running")
 
 
 @mutant
@@ -439,7 +439,7 @@ def a_slot_is_lost_with_a_failed_step(patch: Patch) -> None:
 
 @mutant
 def a_protected_sequence_is_preempted(patch: Patch) -> None:
-    rewrite(patch, planning, "_schedule_decodes", " or not core.is_protected(low)", " or True")
+    rewrite(patch, planning, "_make_room", " or not core.is_protected(low)", " or True")
 
 
 @mutant
@@ -698,7 +698,9 @@ def prompts_are_looked_up_where_blocks_are_merged(patch: Patch) -> None:
 
 @beam_mutant
 def beams_advance_before_their_tokens_are_known(patch: Patch) -> None:
-    rewrite(patch, planning, "_schedule_decodes", "group is not None and seq", "False and seq")
+    rewrite(
+        patch, planning, "_schedule_decodes", "if seq.beams is not None and seq", "if False and seq"
+    )
 
 
 @beam_mutant
@@ -765,7 +767,7 @@ def the_reserve_is_never_used(patch: Patch) -> None:
 
 @beam_mutant
 def the_reserve_does_not_count(patch: Patch) -> None:
-    rewrite(patch, planning, "_schedule_decodes", "len(group.reserve)", "0")
+    rewrite(patch, planning, "_make_room", "len(group.reserve)", "0")
 
 
 @beam_mutant

@@ -56,21 +56,24 @@ def test_the_working_set_is_what_loops_and_fractions_give(seed: int) -> None:
         sequences.append((generated, generated + prompt, prompt + rng.randint(generated, 400)))
     block_size = rng.choice((1, 4, 16))
     generated, held, most = map(np.array, zip(*sequences, strict=True))
-    found = lengths_of(*seen).working_set(generated, held, most, block_size)
-    assert found == pytest.approx(working_set(seen, sequences, block_size), rel=1e-9)
+    demand = lengths_of(*seen).demand(generated, held, most, block_size)
+    assert demand is not None
+    assert demand.peak == pytest.approx(working_set(seen, sequences, block_size), rel=1e-9)
 
 
 def test_nothing_is_forecast_from_too_few_outputs() -> None:
     one = np.array([1])
-    assert lengths_of(*[3] * (LEAST - 1)).working_set(one, one, one, 4) is None
-    assert lengths_of(*[3] * LEAST).working_set(one, one, one + 9, 4) is not None
+    assert lengths_of(*[3] * (LEAST - 1)).demand(one, one, one, 4) is None
+    assert lengths_of(*[3] * LEAST).demand(one, one, one + 9, 4) is not None
 
 
 def test_old_outputs_are_forgotten() -> None:
     """All that are remembered ended after 10 tokens, so 4 of the prompt become 14."""
     lengths = lengths_of(*[900] * 50, *[10] * MEMORY)
     zero = np.array([0])
-    assert lengths.working_set(zero, zero + 4, zero + 999, 1) == 14 + 0.5
+    demand = lengths.demand(zero, zero + 4, zero + 999, 1)
+    assert demand is not None
+    assert demand.peak == 14 + 0.5
 
 
 def learned(**changes: Any) -> Driver:
