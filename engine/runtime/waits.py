@@ -32,8 +32,12 @@ class Waits:
         self._advance(now)
         for row in plan.rows:
             sequence = self._sequences.get(row.request.request_id)
-            if sequence is not None and sequence.since is not None:  # it starts, or resumes
-                sequence.leave(now, self._sums)
+            if sequence is None or sequence.since is None:
+                continue
+            for name in row.request.names:  # it starts, or resumes; its forks wait for it alone now
+                one = self._sequences.get(name)
+                if one is not None and one.since is not None:
+                    one.leave(now, self._sums)
         for name in plan.preempted:
             sequence = self._sequences.get(name)
             if sequence is not None and sequence.since is None:

@@ -10,7 +10,15 @@ import pytest
 
 from engine.core.core import Holding
 from engine.runtime.waits import Waits
-from engine.types import FinishReason, Held, StepOutput, Waited
+from engine.types import (
+    FinishReason,
+    Fork,
+    Held,
+    StepOutput,
+    StepTokens,
+    TokenLogprobs,
+    Waited,
+)
 from tests.core.driver import Driver, make_request
 
 
@@ -147,3 +155,24 @@ def test_sums_agree_with_asking_each_request_in_each_step(seed: int) -> None:
             if holding is not None and seq.request.request_id in steps:
                 steps[seq.request.request_id][holding] += 1
     assert sum(bool(waited.held) for waited in told.values()) > 10
+
+
+@pytest.mark.parametrize("sampling", [{}, {"beam_width": 2, "n": 2}])
+def test_a_fork_is_out_of_the_queue_when_its_prompt_begins(sampling: dict[str, Any]) -> None:
+    timed = Timed(max_step_tokens=4)
+    forks = (Fork("a.1", 1),)
+    request = make_request("a", 10, max_tokens=2, forks=forks, **sampling)
+    timed.driver.admit(request)
+    timed.waits.arrived(request.replies, timed.now)
+    timed.now = 2.0
+    told: dict[str, Waited] = {}
+    tops = ((3, -0.5), (4, -0.7), (5, -0.9))
+    while not timed.driver.state.is_idle:
+        plan = timed.driver.schedule()
+        timed.waits.planned(plan, timed.driver.state.holding, timed.now)
+        timed.now += 1.0
+        rows = range(len(plan.rows))
+        logprobs = {row: TokenLogprobs(3, -0.5, tops) for row in rows} if sampling else {}
+        tokens = StepTokens((3,) * len(plan.rows), logprobs)
+        told |= timed.tell(timed.driver.commit(plan, tokens))
+    assert {name: waited.seconds for name, waited in told.items()} == {"a": 2.0, "a.1": 2.0}
