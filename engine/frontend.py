@@ -25,7 +25,7 @@ from engine.config import Architecture, Config, ConfigError
 from engine.core.picture import Frame, take_picture
 from engine.core.scheduler import SchedulerState
 from engine.domain_usage import DomainUsage, UsageByDomain
-from engine.public_prefixes import PUBLIC_PREFIX, read_public_prefixes
+from engine.public_prefixes import read_public_prefixes
 from engine.resolve import Prompt, Resolver, deadline_after, is_quick
 from engine.runtime.figures import StepRecord
 from engine.runtime.loop import EngineLoop, EngineStopped, News, Rejected
@@ -117,6 +117,7 @@ class Engine:
         self._num_long_texts = 0
         self._usage = UsageByDomain()
         self._public: queue.SimpleQueue[StepOutput | Rejected] = queue.SimpleQueue()
+        self._is_starting = True
         self._loop = EngineLoop(
             loaded.runner,
             loaded.limits,
@@ -130,6 +131,7 @@ class Engine:
         except BaseException:
             self.close()
             raise
+        self._is_starting = False
 
     @classmethod
     def from_config(
@@ -183,7 +185,7 @@ class Engine:
           request_id: unique among running requests; made up if None.
           domain: who may share cached blocks.
           share_prefix: use blocks that earlier requests left, and leave blocks for later ones.
-            Without, it has a domain of its own, in which it may still resume after a preemption.
+            Without, nothing of it is kept: its blocks are erased when it ends or is preempted.
           priority: lower goes first.
           timeout: seconds after which it ends with DEADLINE.
 
@@ -194,8 +196,7 @@ class Engine:
         received = time.monotonic()
         sampling = sampling or SamplingParams()
         asker = domain or Domain()
-        # Where isolation is off, all are one domain; see CacheConfig.isolation.
-        domain = asker if self.config.cache.isolation == "domain" else Domain()
+        domain = self._shared_domain(asker)
         if not share_prefix:
             domain = dataclasses.replace(domain, salt=f"{domain.salt}/{secrets.token_hex(16)}")
         number = next(self._numbers)
@@ -214,6 +215,7 @@ class Engine:
                 prompt,
                 sampling,
                 domain=domain,
+                is_private=not share_prefix,
                 priority=priority,
                 deadline=deadline_after(timeout, since=received),
             )
@@ -255,7 +257,13 @@ class Engine:
         Returns:
           How many blocks that nobody held were given up.
         """
+        if domain is not None:
+            domain = self._shared_domain(domain)
         return await asyncio.wrap_future(self._loop.flush(domain))
+
+    def _shared_domain(self, asker: Domain) -> Domain:
+        """Where isolation is off, all are one domain; see `CacheConfig.isolation`."""
+        return asker if self.config.cache.isolation == "domain" else Domain()
 
     @property
     def is_alive(self) -> bool:
@@ -418,8 +426,9 @@ class Engine:
         by_loop: dict[asyncio.AbstractEventLoop, list[_Item]] = {}
         with self._lock:
             for item in news:
-                if item.request_id.startswith(PUBLIC_PREFIX):
-                    self._public.put(item)
+                if "#" not in item.request_id:  # a public prefix's; those of streams have one
+                    if self._is_starting:
+                        self._public.put(item)
                     continue
                 stream = self._streams.get(Stream.name_of(item.request_id))
                 if stream is None or (index := stream.index_of(item.request_id)) is None:

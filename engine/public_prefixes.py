@@ -16,8 +16,6 @@ from engine.sampling import InvalidRequest, SamplingParams
 from engine.text import Message, Tokenizer
 from engine.types import Request
 
-PUBLIC_PREFIX = "public-prefix."  # begins their requests' names; a stream's have a # besides
-
 
 class _Turn(msgspec.Struct, forbid_unknown_fields=True):
     role: str
@@ -37,7 +35,7 @@ def read_public_prefixes(config: Config, tokenizer: Tokenizer) -> Iterator[Reque
         ids = _token_ids(path, tokenizer)
         if len(ids) >= config.cache.block_size:
             yield Request(
-                f"{PUBLIC_PREFIX}{number}",
+                f"public-prefix.{number}",  # without a #, which those of streams have
                 tuple(ids),
                 SamplingParams(temperature=0.0),
                 max_tokens=1,

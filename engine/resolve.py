@@ -44,6 +44,7 @@ class Resolver:
         domain: Domain,
         priority: int,
         deadline: float | None,
+        is_private: bool = False,
     ) -> Request:
         """Turn what the client gave into what the scheduler takes. Any thread may call it.
 
@@ -86,6 +87,7 @@ class Resolver:
             domain=domain,
             priority=priority,
             deadline=deadline,
+            is_private=is_private,
             cache_ttl=self.cache.milliseconds_to_live(domain.tenant),
             forks=tuple(
                 Fork(f"{request_id}.{index}", (seed + index) % 2**64)

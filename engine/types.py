@@ -94,6 +94,8 @@ class Request:
       priority: lower runs first; ties go by arrival.
       cache_ttl: milliseconds after which what it leaves in the cache is erased if nobody uses it;
         0: it stays until its place is needed.
+      is_private: nothing of it is kept: its blocks have no names, and are erased when it gives them
+        up. Its domain is one that nobody else has.
       is_public: an operator's prompt, whose blocks are kept for every domain.
       deadline: time.monotonic() seconds at which the loop aborts it, or None. The scheduler
         has no clock and doesn't read it.
@@ -114,6 +116,7 @@ class Request:
     priority: int = 0
     deadline: float | None = None
     cache_ttl: int = 0
+    is_private: bool = False
     is_public: bool = False
     forks: tuple[Fork, ...] = ()
     sampler_row: SamplerRow | None = dataclasses.field(init=False, repr=False, default=None)

@@ -142,6 +142,7 @@ class BlockPool:
             if count == 0:
                 if block in self._key_of:
                     self._cached[block] = self.retention.leave(block)
+                    self.retention.compact(self._cached)
                 else:
                     self._free.append(block)
                     self.retention.free(block, erase=erase)
@@ -150,11 +151,10 @@ class BlockPool:
         """Give an owned block the key of its contents, so that later requests can match it.
 
         If another block has the key already, that one stays the one that is matched and
-        this one remains unnamed, as does one that was flushed.
+        this one remains unnamed.
         """
         assert self._ref_counts[block] > 0, f"block {block} is named, but nobody owns it"
-        is_new = key not in self._block_of and block not in self._key_of
-        if is_new and not self.retention.is_doomed(block):
+        if key not in self._block_of and block not in self._key_of:
             self._block_of[key] = block
             self._key_of[block] = key
             self.retention.keep(block, tag)
@@ -184,14 +184,13 @@ class BlockPool:
     def flush(self, domain: Domain | None) -> None:
         """Forget what a domain left, or with None all but what is public. O(pool).
 
-        Nobody finds it any more; what running sequences hold of it is erased when they end.
+        Nobody finds it any more. Whoever owns blocks of it erases them (`release`).
         """
         for block in self.retention.of(domain):
             if block in self._cached:
                 self._give_up(block)
             else:
                 self._forget_name(block)
-                self.retention.doom(block)
 
     def forget_names(self) -> None:
         """Drop every key: no block's contents can be matched any more, as they are lost."""
@@ -199,6 +198,7 @@ class BlockPool:
         self._key_of.clear()
         self._free.extend(self._cached)
         self._cached.clear()
+        self._evicted.clear()
         self.retention.clear()
 
     def copy(self) -> BlockPool:
@@ -232,7 +232,7 @@ class BlockPool:
         assert cached <= self._key_of.keys(), "a cached block has no key"
         assert not free & self._key_of.keys(), "a free block has a key"
         assert self._block_of == {key: block for block, key in self._key_of.items()}
-        self.retention.check(set(self._key_of), owned)
+        self.retention.check(set(self._key_of))
 
     def _evict(self) -> int:
         block, expires = self._cached.popitem(last=False)

@@ -153,10 +153,20 @@ class Core:
             bisect.insort(self.running, seq, key=_rank)
         else:
             slot = seq.slot
-            self.pool.release(seq.owned_blocks(), erase=seq.tag.time_to_live > 0)
+            self.pool.release(seq.owned_blocks(), erase=seq.erases)
         blocks = source.owned_blocks()[: self.blocks_for(source.num_computed)]
         self.pool.share(blocks)
         seq.part_from(source, blocks, slot, self.blocks_for(seq.max_total - 1))
+
+    def try_again(self, seq: Sequence) -> bool:
+        """Have a public prefix whose step failed computed once more; False after some attempts,
+        and then its blocks are nobody's any more."""
+        if self.is_protected(seq):
+            self.public.keys.difference_update(seq.keys)
+            return False
+        seq.num_preemptions += 1
+        seq.num_total, seq.first_step = seq.num_prompt, self.step
+        return True
 
     def blocks_to_start(self, seq: Sequence) -> int:
         """How many blocks a waiting sequence starts with, those that are found included."""
@@ -176,19 +186,20 @@ class Core:
         """Blocks that so many tokens take."""
         return -(-num_tokens // self.block_size)
 
-    def preempt(self, seq: Sequence) -> list[str]:
+    def preempt(self, seq: Sequence, *, counts: bool = True) -> list[str]:
         """Take blocks and slot from a running sequence and queue it again, at its rank.
 
-        Of beams, all lose theirs and start over. Returns the ids of those that did.
+        Of beams, all lose theirs and start over. Returns the ids of those that did. It `counts`
+        towards what a sequence may be asked for, unless it is the device's doing.
         """
         members = [seq] if seq.beams is None else seq.beams.members
         stopped = [one for one in reversed(members) if one.slot != NO_SLOT]
         for one in members:
-            one.num_preemptions += 1
+            one.num_preemptions += counts
         for one in stopped:
             self._stop(one)
         if seq.beams is not None:
-            self.pool.release(seq.beams.reserve)
+            self.pool.release(seq.beams.reserve, erase=seq.erases)
             seq = seq.beams.restart(self.step)
         self.waiting.add(seq)
         return [one.request.request_id for one in stopped]
@@ -199,7 +210,7 @@ class Core:
         The first of those that wait with it takes its place in the queue.
         """
         if seq.beams is not None:
-            self.pool.release(seq.beams.reserve)
+            self.pool.release(seq.beams.reserve, erase=seq.erases)
             for one in reversed(seq.beams.members):  # so that nobody inherits a place
                 one.beams = None
                 self.remove(one)
@@ -226,7 +237,7 @@ class Core:
     def _stop(self, seq: Sequence) -> None:
         self.running.remove(seq)
         heapq.heappush(self.free_slots, seq.slot)
-        self.pool.release(seq.owned_blocks(), erase=seq.tag.time_to_live > 0)
+        self.pool.release(seq.owned_blocks(), erase=seq.erases)
         seq.clear_cache()
 
 

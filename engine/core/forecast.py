@@ -111,7 +111,7 @@ class WorkingSet:
     def has_room_for(self, seq: Sequence) -> bool:
         """Whether the pool is expected to hold all to their ends, and this one."""
         core = self._core
-        if self._longest + self._most_of(seq) <= core.pool.num_blocks:
+        if self._longest + self._most_of(seq) <= core.pool.num_blocks - core.public.num_blocks:
             return True
         self._demand = self._demand or self._of(core.running)
         self._next = self._of([seq])

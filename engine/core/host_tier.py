@@ -63,7 +63,13 @@ class HostTier:
             self._entries[key] = old._replace(expires=expires)
             self._entries.move_to_end(key)
             return None
-        slot = self._free.pop() if self._free else self._entries.popitem(last=False)[1].slot
+        if self._free:
+            slot = self._free.pop()
+        else:
+            _, victim = self._entries.popitem(last=False)
+            slot = victim.slot
+            if victim.expires:
+                self._erased.append(slot)  # before it is filled
         self._entries[key] = _Entry(slot, step, tag, expires)
         return slot
 

@@ -46,6 +46,8 @@ def merge_full_blocks(core: Core, limits: Limits, seq: Sequence, num_tokens: int
     and launches run in the order of their plans. The one that takes its place is computed, too, as
     it got its name here.
     """
+    if seq.leaves_nothing:
+        return
     if seq.beams is not None:  # what beams generate has no names, see `beams`
         num_tokens = min(num_tokens, seq.num_prompt)
     # Of a sequence that was preempted since, and perhaps has started over, only what it has again.
@@ -63,7 +65,7 @@ def merge_full_blocks(core: Core, limits: Limits, seq: Sequence, num_tokens: int
     if merged != own:
         exchanged = [pair for pair in zip(own, merged, strict=True) if pair[0] != pair[1]]
         core.pool.share([there for _, there in exchanged])
-        core.pool.release([here for here, _ in exchanged], erase=seq.tag.time_to_live > 0)
+        core.pool.release([here for here, _ in exchanged], erase=seq.erases)
         seq.block_ids = seq.block_ids.copy()  # plans on their way keep the old one
         seq.block_ids[first:full] = merged
         seq.block_ids.setflags(write=False)

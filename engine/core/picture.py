@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import itertools
+import secrets
 from collections.abc import Iterator
 from typing import NamedTuple
 
@@ -20,6 +21,7 @@ from engine.types import Domain
 
 MAX_WAITING = 32
 """Requests of the queue that a picture names; it counts them all."""
+_KEY = secrets.token_bytes(16)  # of this process, so that nobody can try guesses of a salt
 _FIRST_KEPT = 2**30  # numbers from here on are no arrivals; they fit an int32
 
 
@@ -134,8 +136,8 @@ def domain_tag(domain: Domain) -> str:
     """The tenant, and a few digits that tell its salts apart without showing them."""
     if not domain.salt:
         return domain.tenant
-    digest = hashlib.sha256(f"{domain.tenant}\0{domain.salt}".encode()).hexdigest()
-    return f"{domain.tenant}/{digest[:6]}"
+    text = f"{domain.tenant}\0{domain.salt}".encode("utf-8", "surrogatepass")
+    return f"{domain.tenant}/{hashlib.blake2b(text, digest_size=3, key=_KEY).hexdigest()}"
 
 
 def _running(seq: Sequence) -> Running:

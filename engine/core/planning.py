@@ -73,6 +73,8 @@ def name_full_blocks(seq: Sequence, core: Core, limits: Limits) -> None:
     """
     full = min(seq.num_computed, len(seq.token_ids)) // limits.block_size
     if full > seq.num_blocks_named:
+        if seq.leaves_nothing:
+            return
         seq.extend_keys(full, limits.block_size, limits.fingerprint, core.public.keys)
         for index in range(seq.num_blocks_named, full):
             core.pool.name(int(seq.block_ids[index]), seq.keys[index], seq.tag_of(index))
@@ -175,7 +177,7 @@ def _admit_waiting(
         num_known = len(seq.token_ids)
         hits: list[int] = []
         slots: list[int] = []
-        if limits.prefix_reuse and not seq.needs_whole_prompt:
+        if limits.prefix_reuse and not (seq.needs_whole_prompt or seq.request.is_private):
             # The last known token is always computed: its logits choose the next one.
             most = (num_known - 1) // block_size
             seq.extend_keys(most, block_size, limits.fingerprint, core.public.keys)

@@ -83,7 +83,6 @@ def restore(
             f"{count} blocks from number {first} on came for {request_id!r}, which has {full}"
         )
     core = state._take()
-    erased = tuple(core.host.take_erased())  # or the next plan would erase what is written now
     seq.extend_keys(first + count, limits.block_size, limits.fingerprint, core.public.keys)
     core.host.match(seq.keys[:first])  # what is there of it must not give way to the rest
     keys = seq.keys[first : first + count][: core.host.num_slots]  # more would push out each other
@@ -94,6 +93,7 @@ def restore(
         for key, tag in zip(reversed(keys), reversed(tags), strict=True)
     ]
     slots = (*reversed(slots), *[None] * (count - len(keys)))
+    erased = tuple(core.host.take_erased())  # or the next plan would erase what is written now
     return Restored(SchedulerState(core), erased, slots)
 
 

@@ -7,6 +7,7 @@ must not keep what it holds is named for the next plan, which fills it with zero
 from __future__ import annotations
 
 import heapq
+from collections.abc import Mapping
 from typing import NamedTuple
 
 from engine.types import Domain
@@ -25,6 +26,7 @@ class Tag(NamedTuple):
 
 
 PUBLIC = Tag()
+_MIN_EXPIRIES = 64  # times that are kept before it pays to tidy up
 
 
 class Retention:
@@ -34,22 +36,30 @@ class Retention:
       now: milliseconds; whoever has a clock moves it.
     """
 
-    __slots__ = ("_doomed", "_erased", "_expiries", "_tags", "now")
+    __slots__ = ("_by_domain", "_erased", "_expiries", "_tags", "now")
 
     def __init__(self) -> None:
         self.now = 0
         self._tags: dict[int, Tag] = {}
         self._expiries: list[tuple[int, int]] = []  # a heap of (time, block); some are long past
-        self._doomed: set[int] = set()  # owned blocks that are erased when they go free
+        self._by_domain: dict[Domain, set[int]] = {}  # the same blocks, but for public ones
         self._erased: list[int] = []
 
     def keep(self, block: int, tag: Tag) -> None:
         """A block can be found from now on."""
         self._tags[block] = tag
+        if tag.domain is not None:
+            self._by_domain.setdefault(tag.domain, set()).add(block)
 
     def forget(self, block: int) -> Tag:
         """It can't be found any more."""
-        return self._tags.pop(block)
+        tag = self._tags.pop(block)
+        if tag.domain is not None:
+            blocks = self._by_domain[tag.domain]
+            blocks.remove(block)
+            if not blocks:
+                del self._by_domain[tag.domain]
+        return tag
 
     def tag_of(self, block: int) -> Tag:
         """Whose the contents of a block are that can be found."""
@@ -68,25 +78,20 @@ class Retention:
 
     def free(self, block: int, *, erase: bool) -> None:
         """It is nobody's, and holds nothing that can be found."""
-        if erase or block in self._doomed:
-            self._doomed.discard(block)
+        if erase:
             self._erased.append(block)
 
-    def doom(self, block: int) -> None:
-        """It is still owned, and is to be erased when it goes free."""
-        self._doomed.add(block)
-
-    def is_doomed(self, block: int) -> bool:
-        """Whether it is erased when it goes free."""
-        return block in self._doomed
+    def compact(self, expiries: Mapping[int, int]) -> None:
+        """Drop times past caring, if most are: `expiries` are those of all cached blocks."""
+        if len(self._expiries) > 2 * len(expiries) + _MIN_EXPIRIES:
+            self._expiries = [(expires, block) for block, expires in expiries.items() if expires]
+            heapq.heapify(self._expiries)
 
     def of(self, domain: Domain | None) -> list[int]:
         """The blocks that a domain left or holds, or with None all but the public ones."""
-        return [
-            block
-            for block, tag in self._tags.items()
-            if tag.domain is not None and domain in (None, tag.domain)
-        ]
+        if domain is not None:
+            return sorted(self._by_domain.get(domain, ()))
+        return sorted(block for blocks in self._by_domain.values() for block in blocks)
 
     @property
     def next_expiry(self) -> int | None:
@@ -115,7 +120,7 @@ class Retention:
         """Everything that the blocks held is lost."""
         self._tags.clear()
         self._expiries.clear()
-        self._doomed.clear()
+        self._by_domain.clear()
         self._erased.clear()
 
     def copy(self) -> Retention:
@@ -124,12 +129,13 @@ class Retention:
         other.now = self.now
         other._tags = self._tags.copy()
         other._expiries = self._expiries.copy()
-        other._doomed = self._doomed.copy()
+        other._by_domain = {domain: set(blocks) for domain, blocks in self._by_domain.items()}
         other._erased = self._erased.copy()
         return other
 
-    def check(self, named: set[int], owned: set[int]) -> None:
+    def check(self, named: set[int]) -> None:
         """Assert what must hold beside the pool's own invariants. For tests."""
         assert self._tags.keys() == named, "a name without a tag, or the reverse"
-        assert self._doomed <= owned, "a block that is not owned waits to go free"
-        assert not self._doomed & named, "a flushed block can be found"
+        tagged = [(tag.domain, block) for block, tag in self._tags.items() if tag.domain]
+        pairs = [(domain, block) for domain, some in self._by_domain.items() for block in some]
+        assert sorted(tagged, key=repr) == sorted(pairs, key=repr), "a block is lost to its domain"

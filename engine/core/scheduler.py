@@ -222,10 +222,12 @@ def fail(state: SchedulerState, plans: tuple[StepPlan, ...]) -> Committed:
             core.in_flight.remove(plan.step)
         for row in plan.rows:
             seq = core.sequences.get(row.request.request_id)
-            if seq is not None and plan.step >= seq.first_step:
+            if seq is None or plan.step < seq.first_step:
+                continue
+            if not (seq.request.is_public and core.try_again(seq)):
                 outputs += _finish(core, seq, FinishReason.ERROR)
     while core.running:
-        core.preempt(core.running[-1])
+        core.preempt(core.running[-1], counts=False)
     core.unpin()
     core.pool.forget_names()
     core.host.undo(plans)

@@ -37,6 +37,8 @@ class Sequence:
       keys: of the blocks whose tokens are known, as far as they were needed.
       num_public: how many of `keys` are a public prefix's.
       tag: of the other blocks.
+      leaves_nothing: its blocks get no names, and are erased when it gives them up: it is private,
+        or its domain was flushed.
       num_blocks_named: blocks that others may match.
       shares_tail: the last block may be another's too, and must not be written to if it is.
       num_cached_tokens: prompt tokens found in the cache when the request first ran.
@@ -54,6 +56,7 @@ class Sequence:
         "forks",
         "has_state",
         "keys",
+        "leaves_nothing",
         "max_total",
         "num_blocks",
         "num_blocks_named",
@@ -87,6 +90,7 @@ class Sequence:
         self.keys: list[bytes] = []
         self.num_public = 0
         self.tag = Tag(request.domain, request.cache_ttl)
+        self.leaves_nothing = request.is_private
         self.prompt_logprobs: list[TokenLogprobs] = []
         self.was_started = False
         self.forks: list[Sequence] = []
@@ -197,6 +201,11 @@ class Sequence:
                 parent = joined_key(root, parent) if parent else root
             assert parent is not None  # its first key is from its root
             self.keys.append(child_key(parent, tokens))
+
+    @property
+    def erases(self) -> bool:
+        """Whether the blocks that it gives up, and that nobody can find, are erased."""
+        return self.leaves_nothing or self.tag.time_to_live > 0
 
     def tag_of(self, index: int) -> Tag:
         """Whose the contents of its block of that index are, counted from the prompt's start."""

@@ -33,9 +33,13 @@ def flush(state: SchedulerState, domain: Domain | None = None) -> SchedulerState
     """Forget what a domain left in the cache, or with None all but what is public.
 
     It can't be found any more. The next plan erases it, but for what running sequences hold, which
-    is erased when they end. O(pool).
+    is erased when they give it up: requests that are in the engine leave nothing. O(what the domain
+    left, and sequences).
     """
     core = state._take()
+    for seq in core.sequences.values():
+        if not seq.request.is_public and domain in (None, seq.request.domain):
+            seq.leaves_nothing = True
     core.pool.flush(domain)
     core.host.flush(domain)
     return SchedulerState(core)

@@ -149,6 +149,7 @@ class EngineLoop:
         """Hand a request over. Refusals come as `Rejected` news.
 
         Raises:
+          InvalidRequest: it has more sequences than may ever wait.
           QueueFull: the inbox is full.
           EngineStopped: the loop is closed, or has failed.
         """
@@ -156,6 +157,12 @@ class EngineLoop:
             if self._closing:
                 raise EngineStopped("the engine is closed, or failed; its log says why")
             num_sequences = len(request.names)
+            if num_sequences > self.limits.max_waiting:
+                raise InvalidRequest(
+                    "beam_width" if request.sampling.beam_width > 1 else "n",
+                    f"{num_sequences} sequences wait at once, but at most "
+                    f"{self.limits.max_waiting} may; ask for fewer or raise scheduler.max_waiting",
+                )
             if self._num_submitted + num_sequences > self.limits.max_waiting:
                 raise QueueFull(
                     f"{self.limits.max_waiting} requests are waiting already; try again later"
@@ -330,6 +337,8 @@ class EngineLoop:
             self._state = upkeep.tick(self._state, now)
 
     def _flush(self, event: _Flush) -> None:
+        if not event.done.set_running_or_notify_cancel():
+            return  # whoever asked has given up
         cached = self._state.pool.cached
         self._record(lambda recorder: recorder.flush(event.domain))
         self._state = upkeep.flush(self._state, event.domain)
@@ -402,7 +411,11 @@ class EngineLoop:
         while not self._inbox.empty():
             events.append(self._inbox.get())
         for event in events:
-            if isinstance(event, _Flush) and not event.done.done():
+            if (
+                isinstance(event, _Flush)
+                and not event.done.done()
+                and (event.done.running() or event.done.set_running_or_notify_cancel())
+            ):
                 event.done.set_exception(EngineStopped("the engine failed; its log says why"))
         lost = {
             name: event for event in events if isinstance(event, Request) for name in event.replies

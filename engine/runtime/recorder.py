@@ -54,6 +54,7 @@ class Recorder:
 
     def __init__(self, path: str | Path, limits: Limits, *, tokens: bool = False):
         descriptor = os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+        os.fchmod(descriptor, 0o600)  # also if it was there before
         self._file = open(descriptor, "w", encoding="utf-8")  # noqa: SIM115 - kept open on purpose
         self._pseudonyms = None if tokens else Pseudonyms(limits)
         self._write(Header(FORMAT, limits, tokens))
@@ -215,7 +216,9 @@ class Pseudonyms:
         for plan in plans:
             for row in plan.rows:
                 sequence = self._sequences.get(row.request.request_id)
-                if sequence is not None and plan.step >= sequence.first_step:
+                if sequence is None or plan.step < sequence.first_step:
+                    continue
+                if not sequence.is_public:  # which may be tried again
                     self.forget(row.request.request_id)
 
     def forget(self, request_id: str) -> None:

@@ -142,7 +142,6 @@ class Replay:
         self._limits = limits
         self._plans: dict[int, StepPlan] = {}  # those that may still be committed or fail
         self._num_requests = 0
-        self._prompt_tokens = 0  # of the sequences that have not ended
 
     def apply(self, event: Event) -> tuple[StepPlan | None, tuple[StepOutput, ...]]:
         """Feed it one. Returns the plan that the event is about, and the news.
@@ -181,22 +180,19 @@ class Replay:
             case Fail(fail=steps):
                 plans = tuple(self._planned(step) for step in steps)
                 self.state, outputs = scheduler.fail(self.state, plans)
-        for output in outputs:
-            if output.finish_reason is not None:
-                self._prompt_tokens -= output.num_prompt_tokens
         return plan, outputs
 
     def _admit(self, request: Request) -> None:
         self.state = scheduler.admit(self.state, self._limits, request)
         self._num_requests += 1
-        self._prompt_tokens += len(request.prompt_ids) * len(request.names)
 
     def _request(self, event: Admit) -> Request:
         """A request with pseudo ids, that leads to the same plans."""
         length, num_forks = event.admit, event.forks
         if num_forks >= self._limits.max_num_seqs:
             raise ValueError(f"{num_forks} forks can't run with {self._limits.max_num_seqs} slots")
-        if self._prompt_tokens + length * (num_forks + 1) > MAX_PROMPT_TOKENS:
+        held = sum(seq.num_prompt for seq in self.state.core.sequences.values())
+        if held + length * (num_forks + 1) > MAX_PROMPT_TOKENS:
             raise ValueError(
                 f"a prompt of {length} tokens makes more than {MAX_PROMPT_TOKENS} of all prompts "
                 "at a time, which is the most that a log may hold"

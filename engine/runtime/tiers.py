@@ -21,6 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from engine.config import Architecture, Backend, Config, ConfigError, resolve_disk_path
+from engine.core.admission import check_request
 from engine.core.costs import compute_ns, restoring_pays
 from engine.core.limits import Limits
 from engine.core.restoring import kept_blocks, missing_blocks, restore
@@ -32,7 +33,8 @@ from engine.runtime.block_folder import FolderRefused
 from engine.runtime.disk_tier import DiskTier
 from engine.runtime.host_pool import Contents, HostPool, as_read_later
 from engine.runtime.runner import Launched
-from engine.types import Request
+from engine.sampling import InvalidRequest
+from engine.types import QueueFull, Request
 
 log = logging.getLogger(__name__)
 
@@ -119,6 +121,10 @@ class Tiers:
         limits = self._limits
         if self.disk is None or len(self._held) + len(request.names) > limits.max_num_seqs:
             return False
+        try:
+            check_request(state.core, limits, request)
+        except (InvalidRequest, QueueFull):
+            return False  # it is refused at once
         first, keys = missing_blocks(state, limits, request)
         num_blocks = sum(len(held.keys) for held in self._requests())
         most = min(len(keys), self._most_blocks - num_blocks)

@@ -22,26 +22,26 @@ class Waits:
         self._sequences: dict[str, _Wait] = {}
 
     def arrived(self, names: Iterable[str], now: float) -> None:
-        """Sequences joined the queue."""
+        """The sequences of a request joined the queue."""
         self._advance(now)
+        group: list[_Wait] = []
         for name in names:
-            self._sequences[name] = _Wait(now, self._sums)
+            self._sequences[name] = _Wait(group, now, self._sums)
+            group.append(self._sequences[name])
 
     def planned(self, plan: StepPlan, holding: Holding | None, now: float) -> None:
         """A step was planned: some left the queue, others are in it again."""
         self._advance(now)
         for row in plan.rows:
             sequence = self._sequences.get(row.request.request_id)
-            if sequence is None or sequence.since is None:
-                continue
-            for name in row.request.names:  # it starts, or resumes; its forks wait for it alone now
-                one = self._sequences.get(name)
-                if one is not None and one.since is not None:
+            if sequence is not None and not (sequence.since is None and sequence.has_run):
+                for one in sequence.bound():  # it starts, or resumes
                     one.leave(now, self._sums)
+                sequence.has_run = True
         for name in plan.preempted:
-            sequence = self._sequences.get(name)
-            if sequence is not None and sequence.since is None:
-                sequence.join(now, self._sums)
+            if (sequence := self._sequences.get(name)) is not None:
+                for one in sequence.bound():
+                    one.join(now, self._sums)
         self._holding = holding
         if holding is not None:
             steps, seconds = self._sums.get(holding, Held(0, 0.0))
@@ -52,8 +52,7 @@ class Waits:
         """All that run are in the queue again."""
         self._advance(now)
         for sequence in self._sequences.values():
-            if sequence.since is None:
-                sequence.join(now, self._sums)
+            sequence.join(now, self._sums)
 
     def tell(self, outputs: tuple[StepOutput, ...], now: float) -> tuple[StepOutput, ...]:
         """The outputs, with what is new about waiting: after each start, and at the end."""
@@ -66,8 +65,10 @@ class Waits:
             return output
         if output.finish_reason is not None:
             del self._sequences[output.request_id]
-            if sequence.since is not None:  # it ended in the queue
-                sequence.leave(now, self._sums)
+            sequence.leave(now, self._sums)  # if it ended in the queue
+            for one in sequence.bound():  # one of them waits for the prompt in its place
+                if one is not sequence:
+                    one.join(now, self._sums)
         elif not sequence.is_news:
             return output
         sequence.is_news = False
@@ -85,24 +86,33 @@ class _Wait:
     """One sequence's time in the queue, which it may join several times.
 
     Attributes:
-      since: when it joined the queue, or None while it runs.
+      since: when it joined the queue, or None while it runs, or waits for its prompt alone.
+      has_run: whether it ever had a row of its own. Until then, it waits with the others of its
+        request that run or wait for it.
       is_news: whether it has left the queue and nobody was told.
     """
 
-    __slots__ = ("_held", "_seconds", "_then", "is_news", "since")
+    __slots__ = ("_group", "_held", "_seconds", "_then", "has_run", "is_news", "since")
 
-    def __init__(self, now: float, sums: dict[Holding, Held]):
-        self.is_news = False
+    def __init__(self, group: list[_Wait], now: float, sums: dict[Holding, Held]):
+        self._group = group
+        self.since: float | None = None
+        self.has_run = self.is_news = False
         self._seconds = 0.0
         self._held: dict[Holding, Held] = {}
         self.join(now, sums)
 
+    def bound(self) -> list[_Wait]:
+        """It, and the others of its request that have not run yet, which do as it does."""
+        return [one for one in self._group if one is self or not one.has_run]
+
     def join(self, now: float, sums: dict[Holding, Held]) -> None:
-        self.since: float | None = now
-        self._then = sums
+        if self.since is None:
+            self.since, self._then = now, sums
 
     def leave(self, now: float, sums: dict[Holding, Held]) -> None:
-        assert self.since is not None, "it was not in the queue"
+        if self.since is None:
+            return
         self._seconds += now - self.since
         for reason, (steps, seconds) in sums.items():
             steps_then, seconds_then = self._then.get(reason, (0, 0.0))

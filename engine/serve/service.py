@@ -188,8 +188,9 @@ class GenerationService:
         self, request: pb.FlushCacheRequest, context: grpc.aio.ServicerContext
     ) -> pb.FlushCacheResponse:
         convert.refuse_unknown_fields(request)
-        domain = domain_of(context, request)
-        return pb.FlushCacheResponse(blocks=await self._ready_engine().flush(domain))
+        domain, engine = domain_of(context, request), self._ready_engine()
+        with self._call():
+            return pb.FlushCacheResponse(blocks=await engine.flush(domain))
 
     async def Abort(
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext

@@ -28,7 +28,6 @@ from engine.core.core import Core
 from engine.core.host_tier import HostTier
 from engine.core.limits import Limits
 from engine.core.merging import MergingPool
-from engine.core.retention import Retention
 from engine.core.scheduler import SchedulerState
 from engine.core.sequences import Sequence, WaitingQueue
 from engine.types import Domain
@@ -564,7 +563,7 @@ def a_state_can_be_used_twice(patch: Patch) -> None:
 
 @mutant
 def what_goes_free_is_not_erased(patch: Patch) -> None:
-    rewrite(patch, Core, "_stop", "erase=seq.tag.time_to_live > 0", "erase=False")
+    rewrite(patch, Core, "_stop", "erase=seq.erases", "erase=False")
 
 
 @mutant
@@ -585,11 +584,6 @@ def an_expired_block_is_not_erased(patch: Patch) -> None:
 @mutant
 def an_evicted_block_is_not_erased(patch: Patch) -> None:
     rewrite(patch, BlockPool, "_evict", "erase=expires > 0", "erase=False")
-
-
-@mutant
-def what_is_flushed_while_it_is_used_is_not_erased(patch: Patch) -> None:
-    rewrite(patch, Retention, "free", " or block in self._doomed", "")
 
 
 @mutant
@@ -777,7 +771,7 @@ def searches_are_admitted_whatever_they_can_come_to_need(patch: Patch) -> None:
 
 @beam_mutant
 def an_ended_search_keeps_its_reserve(patch: Patch) -> None:
-    rewrite(patch, Core, "remove", "self.pool.release(seq.beams.reserve)", "pass")
+    rewrite(patch, Core, "remove", "self.pool.release(seq.beams.reserve, erase=seq.erases)", "pass")
 
 
 @beam_mutant

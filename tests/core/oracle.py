@@ -235,12 +235,12 @@ class Gang:
             record.has_slot = True
         return num_chosen > len(self.trace)
 
-    def restart(self) -> None:
+    def restart(self, *, counts: bool = True) -> None:
         """It lost its blocks."""
         self.attempt += 1
         for record in self.members:
             record.num_sampled = record.num_committed = 0
-            record.num_preempted += 1
+            record.num_preempted += counts
             record.lose_slot()
 
     def outputs(self, reason: FinishReason | None = None) -> list[StepOutput]:

@@ -172,8 +172,12 @@ def make_request(numbers: Numbers, simulation: Simulation, serial: int) -> Reque
 def possible(simulation: Simulation) -> set[str]:
     """The operations that make sense now."""
     names = {"admit", "abort", "fail", "tick", "flush"}
+    public = simulation.records.get("public")
+    if public is not None and public.num_preempted >= simulation.limits.max_preemptions:
+        names.remove("fail")  # or it would be given up; see `test_retention`
     if len(simulation.in_flight) < simulation.max_in_flight:
-        names |= {"schedule", "copy", "fail unlaunched"}
+        names |= {"schedule", "copy"}
+        names |= {"fail unlaunched"} & {f"{name} unlaunched" for name in names}
     if simulation.in_flight:
         names |= {"commit"}
     return names

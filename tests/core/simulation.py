@@ -311,6 +311,10 @@ class Simulation:
                 affected.setdefault(record.request.request_id, record)
         if self.recorder:
             self.recorder.fail(tuple(plans))
+        if (public := affected.get("public")) is not None:  # it is tried again
+            del affected["public"]
+            public.num_preempted += 1
+            public.num_sampled = 0
         self.state, outputs = scheduler.fail(self.state, tuple(plans))
         ended: list[StepOutput] = []
         for record in affected.values():
@@ -322,11 +326,10 @@ class Simulation:
         for request_id in affected:
             self._remove(request_id)
         for record in self.records.values():
-            if record.gang is None:
-                record.num_preempted += record.has_slot
+            if record.gang is None:  # no fault of its own, so it counts for nothing
                 record.lose_slot()
             elif record is record.gang.first and record.has_slot:
-                record.gang.restart()
+                record.gang.restart(counts=False)
         if self._pinned is not None:  # it is computed once more
             self._record(self._pinned)
             self._pinned = None

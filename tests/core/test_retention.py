@@ -8,8 +8,17 @@ import pytest
 
 from engine.core import upkeep
 from engine.core.block_pool import BlockPool
+from engine.core.forecast import LEAST
 from engine.sampling import InvalidRequest
-from engine.types import Domain, Request, StepPlan
+from engine.types import (
+    Domain,
+    FinishReason,
+    Fork,
+    Request,
+    StepPlan,
+    StepTokens,
+    TokenLogprobs,
+)
 from tests.core.driver import Driver, make_request, row_of
 
 ALICE, BOB = Domain("alice"), Domain("bob")
@@ -223,3 +232,105 @@ def test_a_request_must_fit_into_what_is_not_pinned() -> None:
     with pytest.raises(InvalidRequest, match="may reach 21 tokens, but the whole cache holds 20"):
         driver.admit(make_request("does not", 4, max_tokens=18))
     driver.run()
+
+
+# What leaves nothing, and what only seemed to.
+
+
+def test_a_private_request_leaves_nothing() -> None:
+    driver, name = Driver(), names()
+    driver.admit(make_request("p", (*TEXT, 13), domain=ALICE, is_private=True, max_tokens=4))
+    blocks: set[int] = set()
+    erased: set[int] = set()
+    while not driver.state.is_idle:
+        plan = driver.step()
+        blocks.update(*(row.block_ids.tolist() for row in plan.rows))
+        erased.update(plan.erased_blocks)
+    assert driver.state.pool == (16, 0, 0)
+    assert erased == blocks
+    num_cached(driver, make_request(next(name), TEXT, domain=ALICE, max_tokens=1))
+    private = make_request("q", (*TEXT, 13), domain=ALICE, is_private=True)
+    assert num_cached(driver, private) == 0, "it used what others left"
+
+
+@pytest.mark.parametrize("changes", [{}, {"beam_width": 2, "n": 1}])
+def test_what_ran_during_a_flush_leaves_nothing_however_it_is_held(changes: dict[str, Any]) -> None:
+    """The partly filled block too, and whatever beams hold or keep."""
+    driver = Driver()
+    forks = (Fork("r.1", 1),) if changes else ()
+    request = make_request("r", (*TEXT, 13, 14), domain=ALICE, max_tokens=6, forks=forks, **changes)
+    driver.admit(request)
+    tops = ((3, -0.5), (4, -0.7), (5, -0.9))
+    blocks: set[int] = set()
+    erased: set[int] = set()
+    flushed = False
+    while not driver.state.is_idle:
+        plan = driver.schedule()
+        blocks.update(*(row.block_ids.tolist() for row in plan.rows))
+        blocks.update(copy.destination for copy in plan.block_copies)
+        erased.update(plan.erased_blocks)
+        rows = range(len(plan.rows))
+        logprobs = {row: TokenLogprobs(3, -0.5, tops) for row in rows} if changes else {}
+        driver.commit(plan, StepTokens((7,) * len(plan.rows), logprobs))
+        if not flushed:
+            flush(driver, ALICE)
+            flushed = True
+    assert erased == blocks
+    assert driver.state.pool == (16, 0, 0)
+
+
+def test_times_that_are_past_caring_are_not_kept() -> None:
+    driver = Driver()
+    day = 24 * 3600 * 1000
+    for number in range(500):
+        request = make_request(f"r{number}", (*TEXT, 50), cache_ttl=day, max_tokens=1)
+        driver.admit(request)
+        driver.run()
+    assert len(driver.state.core.pool.retention._expiries) <= 2 * 16 + 64
+
+
+def test_a_slot_that_gives_way_is_erased_before_it_is_filled_again() -> None:
+    driver = Driver(num_blocks=4, host_blocks=2)
+    num_cached(driver, make_request("a", 12, domain=ALICE, cache_ttl=500, max_tokens=1))
+    used: set[int] = set()
+    erased: set[int] = set()
+    for number in range(4):
+        driver.admit(make_request(f"b{number}", 12, domain=BOB, max_tokens=1))
+        for plan in driver.run():
+            used.update(swap.slot for swap in plan.swap_outs)
+            erased.update(plan.erased_slots)
+    assert used == {0, 1}
+    assert erased == {0, 1}
+
+
+def test_a_public_prefix_is_tried_again_and_then_given_up() -> None:
+    driver = Driver(max_preemptions=2)
+    driver.admit(make_request("public", TEXT, max_tokens=1, is_public=True))
+    for _ in range(2):
+        assert driver.fail(driver.schedule()) == ()
+    [output] = driver.fail(driver.schedule())
+    assert output.finish_reason is FinishReason.ERROR
+    assert not driver.state.core.public.keys
+    driver.admit(make_request("all", 4, max_tokens=61))  # nothing is kept for it any more
+    driver.run()
+
+
+def test_a_failure_of_the_device_is_no_preemption() -> None:
+    driver = Driver(max_preemptions=2)
+    driver.admit(make_request("a", 4), make_request("b", 4))
+    driver.step()
+    for _ in range(3):
+        driver.fail()
+        driver.step()
+    assert all(seq.num_preemptions == 0 for seq in driver.state.core.running)
+
+
+def test_pinned_blocks_are_no_room_to_grow() -> None:
+    driver = Driver(max_num_seqs=3, max_preemptions=9)
+    for length in range(LEAST):  # outputs of 16 tokens are known
+        num_cached(driver, make_request(f"seen {length}", 4, max_tokens=16))
+    flush(driver, None)
+    pin(driver, text=tuple(range(100, 132)))
+    driver.admit(make_request("a", 16, max_tokens=17), make_request("b", 16, max_tokens=17))
+    plans = driver.run()
+    assert not any(plan.preempted for plan in plans)

@@ -237,6 +237,9 @@ REQUESTS: dict[str, tuple[dict[str, Any], Any]] = {
 ELSEWHERE = {
     "request_id": "names the output: test_results_go_to_the_request_of_their_id",
     "deadline": "is the loop's: test_a_deadline_ends_a_request",
+    "cache_ttl": "tests/core/test_retention.py: test_blocks_stay_for_their_time_to_live",
+    "is_public": "tests/core/test_retention.py: test_every_domain_shares_a_public_prefix",
+    "is_private": "tests/core/test_retention.py: test_a_private_request_leaves_nothing",
 }
 
 

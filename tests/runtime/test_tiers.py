@@ -260,7 +260,7 @@ def test_who_waits_can_be_aborted_and_its_forks_alone(held: Any) -> None:
     forks = (Fork("f1", 0), Fork("f2", 0))
     loop.submit(dataclasses.replace(request, forks=forks))
     until(lambda: disk.asked)
-    assert loop.gauges[:2] == (0, 3)
+    until(lambda: loop.gauges[:2] == (0, 3))
     loop.abort("f1")
     ended = listener.until_ended("a", "f1", "f2")
     assert [one.finish_reason for one in ended][1] is FinishReason.ABORT
