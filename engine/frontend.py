@@ -197,7 +197,8 @@ class Engine:
         # Where isolation is off, all are one domain; see CacheConfig.isolation.
         domain = asker if self.config.cache.isolation == "domain" else Domain()
         if not share_prefix:
-            domain = dataclasses.replace(domain, salt=f"{domain.salt}/{secrets.token_hex(16)}")
+            salt = f"{domain.salt}/{secrets.token_hex(16)}"
+            domain = dataclasses.replace(domain, salt=salt, is_single=True)
         number = next(self._numbers)
         if request_id is None:
             request_id = f"octavo-{number}-{secrets.token_hex(4)}"

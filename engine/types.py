@@ -48,10 +48,12 @@ class Domain:
 
     `tenant` is set by the server from who is authenticated. `salt` comes from the client and
     can only narrow the sharing: two requests share blocks if both parts are equal.
+    `is_single`: it is one request's own, so nobody finds its blocks after that.
     """
 
     tenant: str = "default"
     salt: str = ""
+    is_single: bool = False
 
 
 class SamplerRow(NamedTuple):
@@ -190,6 +192,7 @@ class SwapOut(NamedTuple):
     slot: int
     key: bytes  # names the contents
     expires: int = 0  # milliseconds on the scheduler's clock until which they may stay; 0: no limit
+    domain: Domain | None = Domain()  # whose they are; None if they are public
 
 
 class SwapIn(NamedTuple):

@@ -143,7 +143,7 @@ def _swap_out(core: Core, limits: Limits) -> Iterator[SwapOut]:
     for evicted in gone if keeping_pays(limits) else ():
         slot = core.host.put(evicted, core.step)
         if slot is not None:
-            yield SwapOut(evicted.block, slot, evicted.key, evicted.expires)
+            yield SwapOut(evicted.block, slot, evicted.key, evicted.expires, evicted.tag.domain)
 
 
 def _admit_waiting(

@@ -26,7 +26,7 @@ from engine.runtime.disk_tier import DiskTier
 from engine.runtime.figures import StepRecord, Totals
 from engine.runtime.recorder import Recorder
 from engine.runtime.runner import Launched, Runner
-from engine.runtime.tiers import Arrival, Tiers
+from engine.runtime.tiers import Arrival, Tiers, answer
 from engine.runtime.waits import Waits
 from engine.sampling import InvalidRequest
 from engine.types import Domain, FinishReason, QueueFull, Request, StepOutput, StepPlan
@@ -333,8 +333,9 @@ class EngineLoop:
         cached = self._state.pool.cached
         self._record(lambda recorder: recorder.flush(event.domain))
         self._state = upkeep.flush(self._state, event.domain)
-        self.tiers.flush(self._state.core.step)
-        event.done.set_result(cached - self._state.pool.cached)
+        cached -= self._state.pool.cached
+        removed = self.tiers.flush(event.domain, self._state.core.step)
+        removed.add_done_callback(lambda disk: answer(event.done, disk.exception() or cached))
 
     def _apply(self, events: Sequence[_Event]) -> bool:
         """Admit and end requests, those included whose time is up. Returns whether to go on."""
@@ -399,11 +400,10 @@ class EngineLoop:
         with self._entry:
             self._closing = True
         events = self._taken + [arrival.request for arrival in self.tiers.release()]
-        while not self._inbox.empty():
-            events.append(self._inbox.get())
+        events += [self._inbox.get() for _ in range(self._inbox.qsize())]
         for event in events:
-            if isinstance(event, _Flush) and not event.done.done():
-                event.done.set_exception(EngineStopped("the engine failed; its log says why"))
+            if isinstance(event, _Flush):
+                answer(event.done, EngineStopped("the engine failed; its log says why"))
         lost = {
             name: event for event in events if isinstance(event, Request) for name in event.replies
         }

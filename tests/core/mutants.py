@@ -423,6 +423,16 @@ def what_is_missing_starts_behind_the_pool_s_part(patch: Patch) -> None:
 
 
 @mutant
+def a_request_s_public_blocks_count_as_its_own_on_disk(patch: Patch) -> None:
+    rewrite(patch, restoring, "missing_blocks", "seq.num_public - first", "0")
+
+
+@mutant
+def what_goes_out_is_everybody_s(patch: Patch) -> None:
+    rewrite(patch, planning, "_swap_out", "evicted.tag.domain", "None")
+
+
+@mutant
 def the_last_block_of_a_prompt_counts_as_missing(patch: Patch) -> None:
     rewrite(patch, restoring, "missing_blocks", "seq.num_prompt - 1", "seq.num_prompt")
 

@@ -82,8 +82,9 @@ class Simulation:
         self.aborted: deque[Request] = deque(maxlen=1)
         self._roots: dict[Domain, History] = {}
         self._num_arrivals = 0
-        # All that ever went to the host tier, and until when it may stay; 0: without limit.
-        self.disk: dict[bytes, tuple[list[History | None], int]] = {}
+        # All that ever went to the host tier, until when it may stay (0: without limit), and whose
+        # it is.
+        self.disk: dict[bytes, tuple[list[History | None], int, Domain | None]] = {}
         self._held: list[list[int]] = []  # the running sequences' blocks after the last operation
         self._cached: set[int] = set()
         self._unlaunched: StepPlan | None = None
@@ -109,7 +110,9 @@ class Simulation:
         """Forget what a domain left, or all. Nobody finds it any more, wherever it lies."""
         old = self.state
         self.state = upkeep.flush(self.state, domain)
-        self.disk.clear()  # as `Tiers` does
+        for key, (_, _, owner) in list(self.disk.items()):  # as `Tiers` does
+            if owner is not None and domain in (None, owner):
+                del self.disk[key]
         if self.recorder:
             self.recorder.flush(domain)
         self._assert_consumed(old)
@@ -179,18 +182,20 @@ class Simulation:
         limits = self.limits
         size = limits.block_size
         before = self.state.snapshot()
-        first, keys = restoring.missing_blocks(self.state, limits, record.request)
+        first, keys, num_public = restoring.missing_blocks(self.state, limits, record.request)
         assert self.state.snapshot() == before
         full = (record.num_prompt - 1) // size if limits.prefix_reuse else 0
         if record.request.sampling.prompt_logprobs is not None:
             full = 0
         ends = range((first + 1) * size, (full + 1) * size, size)
         assert list(keys) == [self._key(record.history(end)) for end in ends]
+        assert num_public == sum(self._is_public(record.history(end)) for end in ends)
         found: list[list[History | None]] = []
-        for key in keys[:most]:
-            contents, expires = self.disk.get(key, ([], 0))
+        for index, key in enumerate(keys[:most]):
+            contents, expires, owner = self.disk.get(key, ([], 0, None))
             if not contents or 0 < expires <= self.now:
                 break
+            assert owner == (None if index < num_public else record.request.domain)
             found.append(contents)
         if self.recorder:
             self.recorder.restore(request_id, first, len(found))
@@ -474,12 +479,13 @@ class Simulation:
         copied = {copy.destination: list(self.kv[copy.source]) for copy in plan.block_copies}
         incoming = {swap.block: list(self.host[swap.slot]) for swap in plan.swap_ins}
         outgoing: dict[int, list[History | None]] = {}
-        for block, slot, key, expires in plan.swap_outs:
+        for block, slot, key, expires, domain in plan.swap_outs:
             last = self.kv[block][-1]
             assert last is not None, "an unwritten block is swapped out"
             assert key == self._key(last)
             outgoing[slot] = list(self.kv[block])
-            self.disk[key] = list(self.kv[block]), expires
+            assert domain == (None if self._is_public(last) else last.domain)
+            self.disk[key] = list(self.kv[block]), expires, domain
         nothing: list[History | None] = [None] * self.limits.block_size
         for slot in plan.erased_slots:
             self.host[slot] = nothing.copy()
@@ -495,6 +501,10 @@ class Simulation:
 
     def _key(self, last: History) -> bytes:
         return last.key(self.limits.block_size, self.limits.fingerprint, self.public)
+
+    def _is_public(self, last: History) -> bool:
+        """Whether the full block that ends with it is a public prefix's."""
+        return last.tokens == self.public[: len(last.tokens)]
 
     def _is_same(self, here: History | None, own: History, full: History) -> bool:
         """Whether a place holds what a sequence would have put there, be it by another domain

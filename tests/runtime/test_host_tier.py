@@ -13,7 +13,7 @@ import pytest
 
 from engine.aot.hlo import pool_copies
 from engine.config import BucketConfig, SchedulerConfig
-from engine.runtime.host_pool import AT_A_TIME, HostPool, as_read_later
+from engine.runtime.host_pool import AT_A_TIME, HostPool
 from engine.types import Request, StepPlan, SwapIn, SwapOut
 from tests.engines import Result, SmallEngine, make_request, small_engine
 from tests.runtime.pools import BLOCKS, DTYPES, LAYERS, random_pool
@@ -58,7 +58,7 @@ def test_slots_in_pinned_memory_hold_the_same(num_devices: int) -> None:
     for (_, contents), block in zip(outgoing.finish(), (3, 4), strict=True):
         assert isinstance(contents, jax.Array)
         assert contents.sharding.memory_kind == "pinned_host"
-        assert np.asarray(as_read_later(contents)).tobytes() == by_layer[:, block].tobytes()
+        assert np.asarray(host.as_read_later(contents)).tobytes() == by_layer[:, block].tobytes()
         assert contents._npy_value is None  # type: ignore[missing-attribute]
     staged = host.stage(by_layer[:, 5].copy())
     assert isinstance(staged, jax.Array)
