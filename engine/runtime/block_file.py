@@ -44,6 +44,7 @@ KEY_BYTES = 32 + TAG_BYTES
 PUBLIC_TAG = bytes(TAG_BYTES)  # of what every domain may find
 _PREFIX = struct.Struct("<8sIQ32s40s")  # what a layout and a key decide: it is compared whole
 _EXPIRES = struct.Struct("<d")
+_START = MAGIC + struct.pack("<I", VERSION)
 _CHECKSUM_BYTES = 32
 HEADER_BYTES = _PREFIX.size + _EXPIRES.size + _CHECKSUM_BYTES
 NEVER = math.inf
@@ -174,6 +175,14 @@ class BlockFormat:
 
     def _prefix(self, key: bytes) -> bytes:
         return _PREFIX.pack(MAGIC, VERSION, self.layout.num_bytes, self.layout_digest, key)
+
+
+def expiry(header: bytes) -> float:
+    """When the file of any layout that starts so expires, in seconds since 1970. NEVER if it is no
+    block of this format."""
+    if len(header) < HEADER_BYTES or not header.startswith(_START):
+        return NEVER
+    return _EXPIRES.unpack_from(header, _PREFIX.size)[0]
 
 
 def as_array(block: Block) -> np.ndarray | Miss:
