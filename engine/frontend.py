@@ -251,10 +251,14 @@ class Engine:
     async def flush(self, domain: Domain | None) -> int:
         """Forget what a domain's requests left in the cache, or with None all but what is public.
 
-        It is erased, in the tiers below too; what running requests hold of it, when they end.
+        It is erased, in the tiers below too; what running requests hold of it, when they end. A
+        kill or a restart after this brings nothing of it back from disk.
 
         Returns:
           How many blocks that nobody held were given up.
+
+        Raises:
+          OSError: files of such blocks can't be removed. Until a restart, nobody finds them.
         """
         return await asyncio.wrap_future(self._loop.flush(domain))
 
