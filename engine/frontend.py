@@ -197,8 +197,7 @@ class Engine:
         # Where isolation is off, all are one domain; see CacheConfig.isolation.
         domain = asker if self.config.cache.isolation == "domain" else Domain()
         if not share_prefix:
-            salt = f"{domain.salt}/{secrets.token_hex(16)}"
-            domain = dataclasses.replace(domain, salt=salt, is_single=True)
+            domain = Domain(domain.tenant, f"{domain.salt}/{secrets.token_hex(16)}", is_single=True)
         number = next(self._numbers)
         if request_id is None:
             request_id = f"octavo-{number}-{secrets.token_hex(4)}"
@@ -251,14 +250,11 @@ class Engine:
     async def flush(self, domain: Domain | None) -> int:
         """Forget what a domain's requests left in the cache, or with None all but what is public.
 
-        It is erased, in the tiers below too; what running requests hold of it, when they end. A
-        kill or a restart after this brings nothing of it back from disk.
+        It is erased, in the tiers below too; what running requests hold of it, when they end. No
+        restart brings it back from disk; if its files can't be removed, that is an OSError.
 
         Returns:
           How many blocks that nobody held were given up.
-
-        Raises:
-          OSError: files of such blocks can't be removed. Until a restart, nobody finds them.
         """
         return await asyncio.wrap_future(self._loop.flush(domain))
 
