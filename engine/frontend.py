@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
-import dataclasses
 import functools
 import itertools
 import os
@@ -21,7 +20,7 @@ from collections.abc import AsyncGenerator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
-from engine.config import Architecture, Config, ConfigError
+from engine.config import Config, ConfigError
 from engine.core.picture import Frame, take_picture
 from engine.core.scheduler import SchedulerState
 from engine.domain_usage import DomainUsage, UsageByDomain
@@ -30,6 +29,7 @@ from engine.resolve import Prompt, Resolver, deadline_after, is_quick
 from engine.runtime.figures import StepRecord
 from engine.runtime.loop import EngineLoop, EngineStopped, News, Rejected
 from engine.sampling import InvalidRequest, SamplingParams
+from engine.stats import EngineStats, ModelInfo
 from engine.streams import Delta, Stream, Usage
 from engine.types import Domain, FinishReason, QueueFull, Request, StepOutput
 
@@ -37,56 +37,6 @@ if TYPE_CHECKING:
     from engine.loading import LoadedEngine
 
 __all__ = ["Delta", "Engine", "EngineStats", "EngineStopped", "ModelInfo", "Prompt", "Usage"]
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class ModelInfo:
-    """Which model an engine serves, and by which attention kernels."""
-
-    name: str
-    architecture: Architecture
-    attention: str
-    dtype: str
-    max_model_len: int
-    eos_token_ids: tuple[int, ...]
-    weights_fingerprint: str
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class EngineStats:
-    """Where an engine stands. Counts since the start unless they are of the present.
-
-    For the operator: they are of all requests together, so whoever sees them sees others' hits.
-    """
-
-    running: int
-    waiting: int
-    free_blocks: int
-    cached_blocks: int
-    owned_blocks: int
-    total_blocks: int
-    block_size: int
-    steps: int
-    prompt_tokens: int
-    generated_tokens: int
-    cached_prompt_tokens: int
-    pinned_blocks: int
-    preemptions: int
-    copied_blocks: int
-    swapped_out_blocks: int
-    swapped_in_blocks: int
-    held_steps: dict[str, int]
-    padded_tokens: int
-    computed_tokens: int
-    compiles_after_warmup: int
-    finished: dict[str, int]
-    failed_steps: int
-    uptime_seconds: float
-    restored_blocks: int
-    disk_read_bytes: int
-    disk_written_blocks: int
-    disk_written_bytes: int
-    disk_dropped_blocks: int
 
 
 class Engine:
@@ -197,8 +147,6 @@ class Engine:
         sampling = sampling or SamplingParams()
         asker = domain or Domain()
         domain = self._shared_domain(asker)
-        if not share_prefix:
-            domain = dataclasses.replace(domain, salt=f"{domain.salt}/{secrets.token_hex(16)}")
         number = next(self._numbers)
         if request_id is None:
             request_id = f"octavo-{number}-{secrets.token_hex(4)}"
@@ -252,7 +200,8 @@ class Engine:
     async def flush(self, domain: Domain | None) -> int:
         """Forget what a domain's requests left in the cache, or with None all but what is public.
 
-        It is erased, in the tiers below too; what running requests hold of it, when they end.
+        It is erased, in the tiers below too; what running requests hold of it, when they end. No
+        restart brings it back from disk; if its files can't be removed, that is an OSError.
 
         Returns:
           How many blocks that nobody held were given up.

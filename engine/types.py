@@ -94,8 +94,8 @@ class Request:
       priority: lower runs first; ties go by arrival.
       cache_ttl: milliseconds after which what it leaves in the cache is erased if nobody uses it;
         0: it stays until its place is needed.
-      is_private: nothing of it is kept: its blocks have no names, and are erased when it gives them
-        up. Its domain is one that nobody else has.
+      is_private: it uses nothing that others left, and nothing of it is kept: its blocks have no
+        names, and are erased when it gives them up.
       is_public: an operator's prompt, whose blocks are kept for every domain.
       deadline: time.monotonic() seconds at which the loop aborts it, or None. The scheduler
         has no clock and doesn't read it.
@@ -193,6 +193,7 @@ class SwapOut(NamedTuple):
     slot: int
     key: bytes  # names the contents
     expires: int = 0  # milliseconds on the scheduler's clock until which they may stay; 0: no limit
+    domain: Domain | None = Domain()  # whose they are; None if they are public
 
 
 class SwapIn(NamedTuple):

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import re
+from collections.abc import Iterator
 from pathlib import Path
 
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
@@ -54,3 +56,20 @@ def smollm2_gguf() -> Path:
 def tiny_models() -> Path:
     """Folder of tiny random checkpoints with reference logits; see its README."""
     return DATA / "tiny"
+
+
+MOST_MAPPINGS = 20_000
+"""Of memory; compiled programs take them, and at Linux's limit (65,530) XLA ends the process."""
+
+
+@pytest.fixture(autouse=True, scope="module")
+def _give_programs_back() -> Iterator[None]:
+    """Forget compiled programs after a file of tests, once there are many."""
+    yield
+    mappings = Path("/proc/self/maps")
+    if mappings.exists() and len(mappings.read_text().splitlines()) > MOST_MAPPINGS:
+        from tests.engines import small_engine
+
+        small_engine.cache_clear()
+        jax.clear_caches()
+        gc.collect()

@@ -42,7 +42,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "resolve": {"types", "config", "core", "text"},
     "streams": {"types", "runtime", "text"},
     "domain_usage": {"types", "streams"},
-    "frontend": BELOW_SERVE | {"domain_usage", "loading", "public_prefixes", "resolve", "streams"},
+    "stats": {"config"},
+    "frontend": BELOW_SERVE
+    | {"domain_usage", "loading", "public_prefixes", "resolve"}
+    | {"stats", "streams"},
     "llm": BELOW_SERVE | {"config_file", "loading", "frontend", "streams"},
     "generate": {"types", "llm"},
     "calibrate": BELOW_SERVE | {"loading", "resolve", "llm", "generate"},

@@ -24,7 +24,7 @@ from engine.runtime.event_log import LogError
 from engine.runtime.replay import replay
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.serve import convert
-from engine.types import BeamScore, FinishReason, QueueFull
+from engine.types import BeamScore, FinishReason
 from tests.runtime import tiny
 from tests.test_engine import assert_idle, until_idle, with_limits
 from tests.test_samples import ask, text, tokens
@@ -134,7 +134,7 @@ async def test_a_deadline_ends_the_search(engine: Engine) -> None:
 async def test_beams_count_one_by_one_against_the_queue_s_limit(loaded: LoadedEngine) -> None:
     engine = Engine(with_limits(loaded, max_waiting=3))
     try:
-        with pytest.raises(QueueFull):
+        with pytest.raises(InvalidRequest, match="beam_width: 4 sequences wait at once, but at m"):
             await ask(engine, BEAMS)
         assert len(await ask(engine, dataclasses.replace(BEAMS, beam_width=3))) == 3
     finally:

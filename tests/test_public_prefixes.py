@@ -74,6 +74,12 @@ async def test_a_public_text_is_found_and_what_was_sent_by_others_is_not(public:
     assert public.stats().pinned_blocks == public.stats().owned_blocks
 
 
+async def test_a_name_like_a_public_prefix_s_is_a_name_like_others(public: Engine) -> None:
+    greedy = SamplingParams(temperature=0.0, max_tokens=2)
+    deltas = [d async for d in public.generate("hi", greedy, request_id="public-prefix.0")]
+    assert deltas[-1].finish_reason is not None
+
+
 async def test_a_flush_leaves_public_prefixes_and_other_domains(public: Engine) -> None:
     question = "What was the name of the whale that they were looking for at sea?"
     for domain in (ALICE, BOB):

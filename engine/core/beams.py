@@ -182,6 +182,12 @@ def num_needed(seq: Sequence, block_size: int) -> int:
     return len(group.beams) - len({beam.tail(block_size) for beam in group.beams})
 
 
+def gangs(core: Core) -> list[BeamGroup]:
+    """Every search. O(sequences)."""
+    groups = (seq.beams for seq in core.sequences.values())
+    return list({id(group): group for group in groups if group is not None}.values())
+
+
 def advance(core: Core, group: BeamGroup, first_row: int, tokens: StepTokens) -> list[StepOutput]:
     """Take in a step of a gang, whose rows follow one another from `first_row` on."""
     first = group.members[0]

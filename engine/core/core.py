@@ -133,16 +133,6 @@ class Core:
             self.branch(fork, seq)
         return forks
 
-    def pin(self, seq: Sequence) -> None:
-        """A public prefix is computed: its sequence ends, and its blocks stay."""
-        self.public.pin(seq.request, seq.keys[: seq.num_prompt // self.block_size], self.pool)
-        self.remove(seq)
-
-    def unpin(self) -> None:
-        """The public prefixes are lost: queue them to be computed again."""
-        for request in self.public.unpin(self.pool):
-            self.add(request, len(request.prompt_ids) + request.max_tokens)
-
     def branch(self, seq: Sequence, source: Sequence) -> None:
         """Have a sequence go on from where another is, on its blocks. It waits with that one, or
         runs, and then lets go of what it holds."""
@@ -157,16 +147,6 @@ class Core:
         blocks = source.owned_blocks()[: self.blocks_for(source.num_computed)]
         self.pool.share(blocks)
         seq.part_from(source, blocks, slot, self.blocks_for(seq.max_total - 1))
-
-    def try_again(self, seq: Sequence) -> bool:
-        """Have a public prefix whose step failed computed once more; False after some attempts,
-        and then its blocks are nobody's any more."""
-        if self.is_protected(seq):
-            self.public.keys.difference_update(seq.keys)
-            return False
-        seq.num_preemptions += 1
-        seq.num_total, seq.first_step = seq.num_prompt, self.step
-        return True
 
     def blocks_to_start(self, seq: Sequence) -> int:
         """How many blocks a waiting sequence starts with, those that are found included."""
@@ -228,11 +208,6 @@ class Core:
                 fork.parent = heir
             heir.parent = None
             self.waiting.add(heir)
-
-    def gangs(self) -> list[BeamGroup]:
-        """Every beam search. O(sequences)."""
-        groups = (seq.beams for seq in self.sequences.values())
-        return list({id(group): group for group in groups if group is not None}.values())
 
     def _stop(self, seq: Sequence) -> None:
         self.running.remove(seq)

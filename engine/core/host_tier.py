@@ -113,9 +113,12 @@ class HostTier:
             lambda entry: entry.tag.domain is not None and domain in (None, entry.tag.domain)
         )
 
-    def entries(self) -> list[tuple[bytes, int, int]]:
-        """Key, slot and expiry of each, most recently used first."""
-        return [(key, entry.slot, entry.expires) for key, entry in reversed(self._entries.items())]
+    def entries(self) -> list[tuple[bytes, int, Tag, int]]:
+        """Key, slot, tag and expiry of each, most recently used first."""
+        return [
+            (key, entry.slot, entry.tag, entry.expires)
+            for key, entry in reversed(self._entries.items())
+        ]
 
     def take_erased(self) -> list[int]:
         """Slots that were given up since the last call; they may be in use again."""

@@ -3,6 +3,7 @@ what must hold between its parts, for tests."""
 
 from __future__ import annotations
 
+from engine.core.beams import gangs
 from engine.core.core import Core
 from engine.core.sequences import NO_SLOT, Sequence, WaitingQueue
 
@@ -23,7 +24,7 @@ def copy(core: Core) -> Core:
         seq.forks = [other.sequences[fork.request.request_id] for fork in seq.forks]
         if seq.parent is not None:
             seq.parent = other.sequences[seq.parent.request.request_id]
-    for group in core.gangs():
+    for group in gangs(core):
         group.copy(other.sequences)
     other.running = [other.sequences[seq.request.request_id] for seq in core.running]
     other.waiting = WaitingQueue(
@@ -40,9 +41,9 @@ def copy(core: Core) -> Core:
 def check(core: Core) -> None:
     """Assert the invariants of pool, sequences and slots. O(pool); for tests."""
     owned = [seq.owned_blocks() for seq in core.running]
-    reserves = [group.reserve for group in core.gangs()]
+    reserves = [group.reserve for group in gangs(core)]
     core.pool.check(owned + reserves + core.public.owned_blocks)
-    for group in core.gangs():
+    for group in gangs(core):
         group.check(core)
     core.host.check()
     waiting = core.waiting.in_order()

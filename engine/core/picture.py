@@ -14,6 +14,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from engine.core.beams import gangs
 from engine.core.core import Core, Holding
 from engine.core.scheduler import SchedulerState
 from engine.core.sequences import Sequence
@@ -162,7 +163,7 @@ def _kept(core: Core) -> Iterator[Running]:
         yield Running(
             next(numbers), "public prefix", "everyone", tokens, tokens, tokens, 0, 0, table
         )
-    for group in core.gangs():
+    for group in gangs(core):
         if group.reserve:
             first = group.members[0].request
             name, domain = f"kept for {first.request_id}", domain_tag(first.domain)

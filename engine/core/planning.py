@@ -157,7 +157,7 @@ def _swap_out(core: Core, limits: Limits) -> Iterator[SwapOut]:
     for evicted in gone if keeping_pays(limits) else ():
         slot = core.host.put(evicted, core.step)
         if slot is not None:
-            yield SwapOut(evicted.block, slot, evicted.key, evicted.expires)
+            yield SwapOut(evicted.block, slot, evicted.key, evicted.expires, evicted.tag.domain)
 
 
 def _admit_waiting(
@@ -177,7 +177,7 @@ def _admit_waiting(
         num_known = len(seq.token_ids)
         hits: list[int] = []
         slots: list[int] = []
-        if limits.prefix_reuse and not (seq.needs_whole_prompt or seq.request.is_private):
+        if limits.prefix_reuse and not seq.looks_nothing_up:
             # The last known token is always computed: its logits choose the next one.
             most = (num_known - 1) // block_size
             seq.extend_keys(most, block_size, limits.fingerprint, core.public.keys)

@@ -6,13 +6,15 @@ They are computed as requests like others; when one ends, its full blocks stay o
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from engine.core.block_pool import BlockPool
-from engine.core.contiguous import ContiguousPool
 from engine.core.limits import Limits
 from engine.sampling import InvalidRequest
 from engine.types import Request
+
+if TYPE_CHECKING:
+    from engine.core.core import Core
+    from engine.core.sequences import Sequence
 
 
 class _Pinned(NamedTuple):
@@ -62,18 +64,29 @@ class PublicPrefixes:
                 f"{limits.num_blocks} may be kept for them; shorten them or enlarge the cache",
             )
 
-    def pin(self, request: Request, keys: list[bytes], pool: BlockPool | ContiguousPool) -> None:
-        """Own the blocks of a prefix that is computed; those that others find under its keys."""
-        blocks = pool.match(keys)
-        pool.share(blocks)
-        self._pinned.append(_Pinned(request, blocks))
+    def pin(self, core: Core, seq: Sequence) -> None:
+        """A prefix is computed: its sequence ends, and what others find under its keys stays."""
+        blocks = core.pool.match(seq.keys[: seq.num_prompt // core.block_size])
+        core.pool.share(blocks)
+        self._pinned.append(_Pinned(seq.request, blocks))
+        core.remove(seq)
 
-    def unpin(self, pool: BlockPool | ContiguousPool) -> list[Request]:
-        """Give all blocks up, as their contents are lost. Returns what must be computed again."""
+    def unpin(self, core: Core) -> None:
+        """The contents of all blocks are lost: give them up, and queue the prefixes again."""
         pinned, self._pinned = self._pinned, []
-        for _, blocks in pinned:
-            pool.release(blocks)
-        return [request for request, _ in pinned]
+        for request, blocks in pinned:
+            core.pool.release(blocks)
+            core.add(request, len(request.prompt_ids) + request.max_tokens)
+
+    def try_again(self, core: Core, seq: Sequence) -> bool:
+        """Have a prefix whose step failed computed once more; False after some attempts, and then
+        its blocks are nobody's any more."""
+        if core.is_protected(seq):
+            self.keys.difference_update(seq.keys)
+            return False
+        seq.num_preemptions += 1
+        seq.num_total, seq.first_step = seq.num_prompt, core.step
+        return True
 
     def copy(self) -> PublicPrefixes:
         """Independent ones in the same state."""

@@ -13,14 +13,18 @@ from engine.core.block_pool import BlockPool
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
 from engine.core.sequences import Sequence
-from engine.types import Request
+from engine.types import Domain, Request
 
 
 class Missing(NamedTuple):
-    """The blocks of a prompt after those that are at hand: number `first` and on, by key."""
+    """The blocks of a prompt after those that are at hand: number `first` and on, by key.
+
+    The first `num_public` of them are a public prefix's, the others the request's domain's.
+    """
 
     first: int
     keys: tuple[bytes, ...]
+    num_public: int = 0
 
 
 class Restored(NamedTuple):
@@ -37,12 +41,20 @@ class Restored(NamedTuple):
     slots: tuple[int | None, ...]
 
 
-class Kept(NamedTuple):
-    """What can be matched: (key, block or slot, when it expires, 0 for never), most worth keeping
-    first."""
+class KeptBlock(NamedTuple):
+    """A block that can be matched."""
 
-    blocks: tuple[tuple[bytes, int, int], ...]
-    slots: tuple[tuple[bytes, int, int], ...]
+    key: bytes
+    place: int  # block of the pool, or slot of the host tier
+    domain: Domain | None  # whose it is; None if it is public
+    expires: int  # milliseconds on the scheduler's clock; 0: never
+
+
+class Kept(NamedTuple):
+    """What can be matched, in the pool and in the host tier, most worth keeping first."""
+
+    blocks: tuple[KeptBlock, ...]
+    slots: tuple[KeptBlock, ...]
 
 
 def missing_blocks(state: SchedulerState, limits: Limits, request: Request) -> Missing:
@@ -54,12 +66,12 @@ def missing_blocks(state: SchedulerState, limits: Limits, request: Request) -> M
     core = state.core
     seq = Sequence(request, (0, 0), len(request.prompt_ids) + 1, core.step)
     most = (seq.num_prompt - 1) // limits.block_size  # the last token is always computed
-    if not limits.prefix_reuse or seq.needs_whole_prompt or most < 1:
+    if not limits.prefix_reuse or seq.looks_nothing_up or most < 1:
         return Missing(0, ())
     seq.extend_keys(most, limits.block_size, limits.fingerprint, core.public.keys)
     first = len(core.pool.match(seq.keys))
     first += sum(1 for _ in itertools.takewhile(core.host.__contains__, seq.keys[first:]))
-    return Missing(first, tuple(seq.keys[first:]))
+    return Missing(first, tuple(seq.keys[first:]), max(0, seq.num_public - first))
 
 
 def restore(
@@ -101,5 +113,11 @@ def kept_blocks(state: SchedulerState) -> Kept:
     """All that can be matched, when no request is left."""
     core = state.core
     assert isinstance(core.pool, BlockPool)  # the contiguous one keeps nothing
-    blocks = tuple((one.key, one.block, one.expires) for one in core.pool.cached())
-    return Kept(blocks, tuple(core.host.entries()))
+    blocks = (
+        KeptBlock(key, block, tag.domain, expires)
+        for block, key, tag, expires in core.pool.cached()
+    )
+    slots = (
+        KeptBlock(key, slot, tag.domain, expires) for key, slot, tag, expires in core.host.entries()
+    )
+    return Kept(tuple(blocks), tuple(slots))

@@ -201,7 +201,7 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
         outputs.append(_output(seq, (token,), reason, () if logprobs is None else (logprobs,)))
         if reason is not None:
             if seq.request.is_public:
-                core.pin(seq)
+                core.public.pin(core, seq)
                 continue
             core.output_lengths.add(len(seq.token_ids) - seq.num_prompt)
             core.remove(seq)
@@ -224,11 +224,11 @@ def fail(state: SchedulerState, plans: tuple[StepPlan, ...]) -> Committed:
             seq = core.sequences.get(row.request.request_id)
             if seq is None or plan.step < seq.first_step:
                 continue
-            if not (seq.request.is_public and core.try_again(seq)):
+            if not (seq.request.is_public and core.public.try_again(core, seq)):
                 outputs += _finish(core, seq, FinishReason.ERROR)
     while core.running:
         core.preempt(core.running[-1], counts=False)
-    core.unpin()
+    core.public.unpin(core)
     core.pool.forget_names()
     core.host.undo(plans)
     return Committed(SchedulerState(core), tuple(outputs))

@@ -203,6 +203,11 @@ class Sequence:
             self.keys.append(child_key(parent, tokens))
 
     @property
+    def looks_nothing_up(self) -> bool:
+        """Whether its prompt is computed whole, whatever is cached of it."""
+        return self.needs_whole_prompt or self.request.is_private
+
+    @property
     def erases(self) -> bool:
         """Whether the blocks that it gives up, and that nobody can find, are erased."""
         return self.leaves_nothing or self.tag.time_to_live > 0

@@ -9,10 +9,13 @@ size follows from the layout.
          8      4  format version
         12      8  size of the payload
         20     32  digest of the layout: shape, dtype, weights, byte order
-        52     32  key of the block
-        84      8  when it expires: seconds since 1970 as a float64, infinite for never
-        92     32  SHA-256 over all of the above and the payload
-       124         the payload, C order
+        52     40  key of the block
+        92      8  when it expires: seconds since 1970 as a float64, infinite for never
+       100     32  SHA-256 over all of the above and the payload
+       132         the payload, C order
+
+A block's key is the one that names its contents (`core/block_keys.py`), followed by a tag that says
+whose they are, so that all of one domain can be found by their names.
 
 Numbers are little-endian. The checksum tells a torn or rotten file from a whole one. It is no
 signature: whoever may write to the folder may put any keys and values there, with a checksum that
@@ -35,10 +38,13 @@ import ml_dtypes  # noqa: F401 - teaches NumPy the names bfloat16 and float8_*
 import numpy as np
 
 MAGIC = b"octavoKV"
-VERSION = 1
-KEY_BYTES = 32
-_PREFIX = struct.Struct("<8sIQ32s32s")  # what a layout and a key decide: it is compared whole
+VERSION = 2
+TAG_BYTES = 8
+KEY_BYTES = 32 + TAG_BYTES
+PUBLIC_TAG = bytes(TAG_BYTES)  # of what every domain may find
+_PREFIX = struct.Struct("<8sIQ32s40s")  # what a layout and a key decide: it is compared whole
 _EXPIRES = struct.Struct("<d")
+_START = MAGIC + struct.pack("<I", VERSION)
 _CHECKSUM_BYTES = 32
 HEADER_BYTES = _PREFIX.size + _EXPIRES.size + _CHECKSUM_BYTES
 NEVER = math.inf
@@ -108,7 +114,7 @@ class BlockLayout:
 
     def digest(self) -> bytes:
         """SHA-256 over everything that two layouts may differ in."""
-        digest = hashlib.sha256(b"octavo.block_layout.v1")
+        digest = hashlib.sha256(b"octavo.block_layout.v2")
         for part in (
             repr(tuple(map(int, self.shape))),
             self.dtype,
@@ -169,6 +175,24 @@ class BlockFormat:
 
     def _prefix(self, key: bytes) -> bytes:
         return _PREFIX.pack(MAGIC, VERSION, self.layout.num_bytes, self.layout_digest, key)
+
+
+def expiry(header: bytes) -> float:
+    """When the file of any layout that starts so expires, in seconds since 1970. NEVER if it is no
+    block of this format."""
+    if len(header) < HEADER_BYTES or not header.startswith(_START):
+        return NEVER
+    return _EXPIRES.unpack_from(header, _PREFIX.size)[0]
+
+
+def as_array(block: Block) -> np.ndarray | Miss:
+    """A block's contents, read-only and in C order; a miss if its memory was erased meanwhile."""
+    try:
+        array = np.ascontiguousarray(block).view()
+    except RuntimeError:  # jax: "Array has been deleted"
+        return Miss.ABSENT
+    array.setflags(write=False)
+    return array
 
 
 def as_bytes(array: np.ndarray) -> memoryview:

@@ -1,8 +1,9 @@
 """A folder of block files: opening it, and single files by name, each call safe by itself.
 
-Names are ``ab/ab12….0123….blk``: a sub-folder of 256, the key, and the start of the layout's
-digest, so that models share a folder without meeting. All access goes through a descriptor of the
-folder, which stays the one that was checked, whatever is done to the path later.
+Names are ``ab/ab12….0123….blk``: a sub-folder of 256, the key, which ends with the tag of whose it
+is, and the start of the layout's digest, so that models share a folder without meeting. All access
+goes through a descriptor of the folder, which stays the one that was checked, whatever is done to
+the path later.
 """
 
 from __future__ import annotations
@@ -22,12 +23,25 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.runtime.block_file import KEY_BYTES, BlockFormat, BlockLayout, Miss, as_bytes
+from engine.runtime.block_file import (
+    HEADER_BYTES,
+    KEY_BYTES,
+    NEVER,
+    PUBLIC_TAG,
+    BlockFormat,
+    BlockLayout,
+    Miss,
+    as_bytes,
+    expiry,
+)
 
 _SUB_FOLDER = re.compile(r"[0-9a-f]{2}")
-_BLOCK = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}\.[0-9a-f]{16}\.blk")
+# The first version's keys had no tag; its files go as those of any other layout do.
+_BLOCK = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}(?:[0-9a-f]{16})?\.[0-9a-f]{16}\.blk")
 _TEMPORARY = re.compile(_BLOCK.pattern + r"\.[0-9a-f]{16}\.tmp")
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
+# A pipe in a file's place would block an open without O_NONBLOCK.
+_OPEN_FILE = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
 _CREATE = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
 _ABANDONED_AFTER = 3600.0  # seconds; for file systems without locks
 # This process's own trouble: says nothing about the file, which stays.
@@ -78,20 +92,34 @@ class BlockFolder:
         """Whether a block file's name is that of this layout."""
         return name.endswith(self._ending)
 
-    def names(self) -> list[str]:
-        """Block files of all layouts. Looks at names alone, so it is quick."""
-        return [name for name in self._entries() if _BLOCK.fullmatch(name)]
+    def has_tag(self, name: str, tag: bytes | None) -> bool:
+        """Whether a block file's name is of this layout and has that tag; None: not the public."""
+        if tag is None:
+            return self.is_of_layout(name) and not self.has_tag(name, PUBLIC_TAG)
+        return name.endswith(tag.hex() + self._ending)
+
+    def names(self, *, strict: bool = False) -> list[str]:
+        """Block files of all layouts. Looks at names alone, so it is quick.
+
+        Raises:
+          OSError: if `strict`, when a folder that is there can't be listed.
+        """
+        return [name for name in self._entries(strict=strict) if _BLOCK.fullmatch(name)]
 
     def survey(self) -> list[Found]:
-        """Block files of all layouts, in no order. Removes temporary files that killed processes
-        left behind."""
-        found = []
+        """Block files of all layouts, in no order. Removes those that have expired, and temporary
+        files that killed processes left behind."""
+        found, now = [], time.time()
         for name in self._entries():
             with contextlib.suppress(OSError):  # it is gone already
                 if _BLOCK.fullmatch(name):
                     status = os.stat(name, dir_fd=self._root, follow_symlinks=False)
-                    if stat.S_ISREG(status.st_mode):
+                    if not stat.S_ISREG(status.st_mode):
+                        continue
+                    if now < self._expiry(name):
                         found.append(Found(status.st_mtime_ns, name, status.st_size))
+                    else:
+                        self.remove(name)
                 elif _TEMPORARY.fullmatch(name):
                     self._remove_if_abandoned(name)
         return found
@@ -103,9 +131,7 @@ class BlockFolder:
         """
         name = self.name_of(key)
         try:
-            # A pipe in a file's place would block an open without O_NONBLOCK.
-            flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK | os.O_CLOEXEC
-            descriptor = os.open(name, flags, dir_fd=self._root)
+            descriptor = os.open(name, _OPEN_FILE, dir_fd=self._root)
             try:
                 outcome = self._format.read(descriptor, key, time.time())
                 if not isinstance(outcome, Miss):
@@ -187,11 +213,13 @@ class BlockFolder:
                 return temporary, descriptor
             os.close(descriptor)  # it was taken for abandoned before it was locked
 
-    def _entries(self) -> Iterator[str]:
-        """All that lies in the sub-folders. A folder that can't be listed counts as empty."""
-        with contextlib.suppress(OSError):
+    def _entries(self, *, strict: bool = False) -> Iterator[str]:
+        """All that lies in the sub-folders. A folder that can't be listed counts as empty, unless
+        `strict`, when only one that is gone does."""
+        expected = FileNotFoundError if strict else OSError
+        with contextlib.suppress(expected):
             for sub in filter(_SUB_FOLDER.fullmatch, os.listdir(self._root)):
-                with contextlib.suppress(OSError):
+                with contextlib.suppress(expected):
                     descriptor = os.open(sub, _OPEN_FOLDER, dir_fd=self._root)
                     try:
                         entries = os.listdir(descriptor)
@@ -199,6 +227,17 @@ class BlockFolder:
                         os.close(descriptor)
                     for entry in entries:
                         yield f"{sub}/{entry}"
+
+    def _expiry(self, name: str) -> float:
+        """When a file expires, by its header alone; never, if it can't be read."""
+        try:
+            descriptor = os.open(name, _OPEN_FILE, dir_fd=self._root)
+            try:
+                return expiry(os.read(descriptor, HEADER_BYTES))
+            finally:
+                os.close(descriptor)
+        except OSError:  # it counts and is evicted like others
+            return NEVER
 
     def _remove_if_abandoned(self, name: str) -> None:
         """Remove a temporary file unless its writer lives, which holds a lock on it as long.

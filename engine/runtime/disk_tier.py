@@ -15,7 +15,6 @@ import collections
 import logging
 import threading
 import time
-from collections import OrderedDict
 from collections.abc import Iterable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
@@ -23,8 +22,10 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.runtime.block_file import NEVER, Block, BlockLayout, Miss
+from engine.runtime.block_file import NEVER, Block, BlockLayout, Miss, as_array
 from engine.runtime.block_folder import BlockFolder
+from engine.runtime.figures import TierCounts
+from engine.runtime.file_index import FileIndex
 from engine.runtime.prefix_fetch import PrefixFetch
 
 log = logging.getLogger(__name__)
@@ -33,21 +34,6 @@ log = logging.getLogger(__name__)
 # two processes that share it write unknown to each other.
 _SURVEYS_PER_FILL = 8
 _MAX_TOUCHED = 4096  # a bound in case the disk hangs; more uses are remembered in memory only
-
-
-class TierCounts(NamedTuple):
-    """What the tier did since it was opened, and holds now."""
-
-    hits: int  # blocks
-    misses: dict[Miss, int]  # blocks, by reason
-    written: int  # blocks
-    dropped: int  # blocks not written: the queue was full, writing is off, or the tier was closed
-    evicted: int  # blocks, of any layout
-    bytes_read: int  # of blocks, without headers
-    bytes_written: int
-    num_files: int  # of any layout
-    num_bytes: int  # of those files
-    queued_bytes: int  # waiting to be written
 
 
 class _Queued(NamedTuple):
@@ -117,29 +103,29 @@ class DiskTier:
         # Files by name, least recently used first, with their sizes. Until the survey they are in
         # no order and those of other layouts have no size; nothing is evicted before it.
         own, other = layout.file_bytes, 0
-        self._files = OrderedDict(
+        self._files = FileIndex(
             (name, own if self._folder.is_of_layout(name) else other)
             for name in self._folder.names()
         )
-        self._file_bytes = sum(self._files.values())
         self._reserved: set[str] = set()  # files that are being written
         self._bytes_to_survey = 0
-        self._changes: dict[str, int | None] | None = None  # sizes, while a survey runs
         self._counts = collections.Counter[str]()
         self._misses = collections.Counter[Miss]()
         self._touched: set[str] = set()  # files whose last use is about to be written down
         self._going: set[str] = set()  # files that are being removed
         self._unremovable: set[str] = set()
+        self._flushed: list[bytes | None] = []  # tags whose files are being removed
         self._survey_lock = threading.Lock()
         self._writers = ThreadPoolExecutor(num_writers, "disk-tier-write")
         self._readers = ThreadPoolExecutor(num_readers, "disk-tier-read")
+        self._remover = ThreadPoolExecutor(1, "disk-tier-forget")  # it waits for writers
         self._writers.submit(self._tidy)
 
     def __contains__(self, key: bytes) -> bool:
         """Whether `get` is likely to have the block. Looks into memory only."""
         name = self._folder.name_of(key)
         with self._lock:
-            if not self._open or name in self._unremovable:
+            if self._is_hidden(name):
                 return False
             queued = self._queued.get(name)
             return queued.array is not None if queued else name in self._files
@@ -151,7 +137,7 @@ class DiskTier:
         it takes to read it as NumPy is left to the thread that writes.
 
         Args:
-          key: 32 bytes that name the contents, see `core/block_keys.py`.
+          key: 40 bytes that name the contents and whose they are, see `block_file`.
           array: the block, in the layout's shape and dtype.
           expires: from when on the block is a miss, in seconds since 1970. A block that is there
             already keeps the time it has.
@@ -169,9 +155,10 @@ class DiskTier:
             )
         name = self._folder.name_of(key)
         with self._lock:
-            if name in self._files:  # the same key is the same contents
-                self._note(name, self._files[name])
-                if self._open and len(self._touched) < _MAX_TOUCHED and name not in self._touched:
+            is_hidden = self._is_hidden(name)
+            if name in self._files and not is_hidden:  # the same key is the same contents
+                self._files.note_use(name)
+                if len(self._touched) < _MAX_TOUCHED and name not in self._touched:
                     self._touched.add(name)
                     self._writers.submit(self._touch, name)
                 return True
@@ -180,11 +167,10 @@ class DiskTier:
             # Until an old file of that name is out of the way, a new one might go with it.
             is_going = queued is not None or name in self._going
             room = self._num_queued_bytes + array.nbytes <= self._queue_bytes
-            if is_going or not room or not self._open or not self._writable:
+            if is_going or is_hidden or not room or not self._writable:
                 self._counts["dropped"] += 1
                 return False
             self._num_queued_bytes += array.nbytes
-            self._unremovable.discard(name)
             self._queued[name] = _Queued(array, expires)
             self._writers.submit(self._write, key, name)
         return True
@@ -198,14 +184,13 @@ class DiskTier:
         with self._lock:
             queued = self._queued.get(name)
             known = name in self._files
-            readable = self._open and name not in self._unremovable
+            readable = not self._is_hidden(name)
         if not readable or (queued and queued.array is None):
             outcome = Miss.ABSENT
         elif queued and queued.array is not None:
             outcome = Miss.EXPIRED
             if time.time() < queued.expires:
-                outcome = np.asarray(queued.array).view()
-                outcome.setflags(write=False)
+                outcome = as_array(queued.array)
         else:
             outcome = self._folder.read(key)
         with self._lock:
@@ -213,14 +198,14 @@ class DiskTier:
                 self._misses[outcome] += 1
                 # Unknown: it may have been written since. Unreadable: it may still be there.
                 if known and outcome is not Miss.UNREADABLE:
-                    self._note(name, None)
+                    self._files.note(name, None)
                 return None
             self._counts["hits"] += 1
             if not queued:
                 self._counts["bytes_read"] += outcome.nbytes
                 # Else it was evicted meanwhile, or its writer notes it.
                 if name in self._files if known else name not in self._queued:
-                    self._note(name, self.layout.file_bytes)
+                    self._files.note(name, self.layout.file_bytes)
             return outcome
 
     def fetch(self, keys: Sequence[bytes]) -> Future[list[np.ndarray]]:
@@ -249,12 +234,20 @@ class DiskTier:
         """
         return self._forget(self._folder.name_of(key) for key in keys)
 
-    def clear(self) -> int:
-        """Forget all blocks of this layout, those of other processes too, and count the files."""
+    def forget_tagged(self, tag: bytes | None) -> Future[int]:
+        """Forget all blocks of this layout with a tag, or with None all but the public ones; also
+        those that other processes wrote, now or in earlier lives.
+
+        They are misses from now on, and what is put under such a key is dropped until the future
+        is done. Then nothing of them is in the folder, so a restart or a kill brings nothing back.
+        The files are removed on a thread of their own; nobody waits for it here.
+
+        Returns:
+          A future of how many files were removed; of an OSError, if one of them is still there.
+        """
         with self._lock:
-            names = {*self._queued, *self._files}
-        names.update(self._folder.names())
-        return self._forget(filter(self._folder.is_of_layout, names))
+            self._flushed.append(tag)
+        return self._remover.submit(self._remove_tagged, tag)
 
     @property
     def writable(self) -> bool:
@@ -273,14 +266,16 @@ class DiskTier:
                 bytes_read=self._counts["bytes_read"],
                 bytes_written=self._counts["bytes_written"],
                 num_files=len(self._files),
-                num_bytes=self._file_bytes,
+                num_bytes=self._files.num_bytes,
                 queued_bytes=self._num_queued_bytes,
             )
 
     def flush(self, timeout: float) -> bool:
         """Wait for all to be written, dropped or removed; False if `timeout` seconds pass."""
         with self._idle:
-            return self._idle.wait_for(lambda: not self._queued and not self._going, timeout)
+            return self._idle.wait_for(
+                lambda: not (self._queued or self._going or self._flushed), timeout
+            )
 
     def close(self, timeout: float = 10.0) -> bool:
         """Write what waits, for at most `timeout` seconds, and drop the rest.
@@ -295,6 +290,7 @@ class DiskTier:
         # Nothing is cancelled: what waits is dropped, and fetches end, once they get a thread.
         self._writers.shutdown(wait=False)
         self._readers.shutdown(wait=False)
+        self._remover.shutdown(wait=False)
         return flushed
 
     def _write(self, key: bytes, name: str) -> None:
@@ -326,10 +322,8 @@ class DiskTier:
             self._survey_if_due()
             if not self._make_room(name):
                 return False
-            array = np.ascontiguousarray(queued.array)
-            return self._folder.write(key, array, queued.expires)
-        except RuntimeError:  # jax: it was erased in the meantime
-            return False
+            array = as_array(queued.array)
+            return not isinstance(array, Miss) and self._folder.write(key, array, queued.expires)
         except OSError as error:
             self._stop_writing(error)
             return False
@@ -343,7 +337,7 @@ class DiskTier:
             self._counts["written"] += 1
             self._counts["bytes_written"] += self.layout.num_bytes
             self._bytes_to_survey -= self.layout.file_bytes
-            self._note(name, self.layout.file_bytes)
+            self._files.note(name, self.layout.file_bytes)
         else:
             self._counts["dropped"] += 1
         self._idle.notify_all()
@@ -356,9 +350,9 @@ class DiskTier:
             writing = size * len(self._reserved | ({name} if name else set()))
             if writing > self.max_bytes:
                 return False
-            while self._file_bytes + writing > self.max_bytes:
+            while self._files.num_bytes + writing > self.max_bytes:
                 victims.append(victim := next(iter(self._files)))
-                self._note(victim, None)
+                self._files.note(victim, None)
                 self._going.add(victim)
             if name:
                 self._reserved.add(name)
@@ -366,16 +360,6 @@ class DiskTier:
         with self._lock:
             self._counts["evicted"] += removed
         return True
-
-    def _note(self, name: str, size: int | None) -> None:
-        """Under the lock: a file of that size was just used, or is gone."""
-        self._file_bytes -= self._files.pop(name, 0)
-        if size is not None:
-            self._files[name] = size
-            self._file_bytes += size
-        if self._changes is not None:
-            self._changes.pop(name, None)
-            self._changes[name] = size
 
     def _tidy(self) -> None:
         """What a start leaves to a thread: the survey, and eviction if the limit was lowered."""
@@ -390,25 +374,15 @@ class DiskTier:
     def _survey(self) -> None:
         """Learn files, sizes and the order of use from the folder itself."""
         with self._lock:
-            self._changes = dict.fromkeys(self._going)
-            known = list(self._files)
+            known = self._files.begin_survey(self._going)
         # A file system's clock ticks every few milliseconds; within a tick memory knows the order.
         order = {name: number for number, name in enumerate(known)}
         found = self._folder.survey()
         found.sort(key=lambda file: order.get(file.name, -1))
         found.sort(key=lambda file: file.used_ns)
-        files = OrderedDict((file.name, file.num_bytes) for file in found)
-        num_bytes = sum(files.values())
+        files = FileIndex((file.name, file.num_bytes) for file in found)
         with self._lock:
-            for name in self._queued:  # a file that is just there is noted by its writer
-                num_bytes -= files.pop(name, 0)
-            for name, size in self._changes.items():  # what happened meanwhile is newer
-                num_bytes -= files.pop(name, 0)
-                if size is not None:
-                    files[name] = size
-                    num_bytes += size
-            self._changes = None
-            self._files, self._file_bytes = files, num_bytes
+            self._files.end_survey(files, self._queued)
             self._bytes_to_survey = self.max_bytes // _SURVEYS_PER_FILL
 
     def _forget(self, names: Iterable[str]) -> int:
@@ -417,10 +391,34 @@ class DiskTier:
             with self._lock:
                 if name in self._queued:
                     self._queued[name] = _FORGOTTEN
-                self._note(name, None)
+                self._files.note(name, None)
                 self._going.add(name)
             removed += self._remove(name)
         return removed
+
+    def _remove_tagged(self, tag: bytes | None) -> int:
+        """In the remover's thread: what `forget_tagged` promised."""
+        try:
+            with self._lock:
+                names = {*self._queued, *self._files}
+            names.update(self._folder.names(strict=True))
+            names = {name for name in names if self._folder.has_tag(name, tag)}
+            removed = self._forget(names)
+            with self._idle:  # what is half written goes when it is whole
+                self._idle.wait_for(lambda: names.isdisjoint(self._queued))
+                left = names & self._unremovable
+            if left:
+                raise OSError(f"{len(left)} blocks that were flushed can't be removed from disk")
+            return removed
+        finally:
+            with self._lock:
+                self._flushed.remove(tag)
+                self._idle.notify_all()
+
+    def _is_hidden(self, name: str) -> bool:
+        """Under the lock: it is a miss, whatever is there; closed, flushed, or not removable."""
+        is_flushed = any(self._folder.has_tag(name, tag) for tag in self._flushed)
+        return is_flushed or not self._open or name in self._unremovable
 
     def _remove(self, name: str) -> bool:
         """Remove a file; one that can't be removed is a miss from now on."""

@@ -93,6 +93,7 @@ class Admit(Event, frozen=True):
     beams: Beams | None = None
     prompt_logprobs: bool = False  # then no position may come from the cache
     cache_ttl: Count = 0
+    is_private: bool = False
     is_public: bool = False
 
 

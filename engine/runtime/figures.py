@@ -1,11 +1,14 @@
-"""What the step loop counts: a record of each step, and sums since the start."""
+"""What is counted: of the step loop, a record of each step and sums since the start; of a disk
+tier, what it did and holds."""
 
 from __future__ import annotations
 
 import dataclasses
 from collections import Counter
 from collections.abc import Sequence
+from typing import NamedTuple
 
+from engine.runtime.block_file import Miss
 from engine.types import StepOutput, StepPlan
 
 
@@ -73,3 +76,18 @@ class Totals:
                     self.finished[item.finish_reason.value] += 1
                     self.prompt_tokens += item.num_prompt_tokens
                     self.cached_prompt_tokens += item.num_cached_tokens
+
+
+class TierCounts(NamedTuple):
+    """What a disk tier did since it was opened, and holds now."""
+
+    hits: int  # blocks
+    misses: dict[Miss, int]  # blocks, by reason
+    written: int  # blocks
+    dropped: int  # blocks not written: the queue was full, writing is off, or the tier was closed
+    evicted: int  # blocks, of any layout
+    bytes_read: int  # of blocks, without headers
+    bytes_written: int
+    num_files: int  # of any layout
+    num_bytes: int  # of those files
+    queued_bytes: int  # waiting to be written

@@ -10,7 +10,9 @@ waits for it or copies anything.
 from __future__ import annotations
 
 import math
+import threading
 from collections.abc import Iterable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -18,6 +20,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
 from engine.runtime.block_copies import AT_A_TIME, write_blocks
+from engine.runtime.block_file import Block
 from engine.types import SwapIn, SwapOut
 
 Contents = jax.Array | np.ndarray  # of one block in all layers, [L, K, B, 2W]
@@ -59,6 +62,7 @@ class HostPool:
         """
         self._num_blocks = kv_pool.shape[0] // num_layers
         self._slots: list[Contents | None] = [None] * num_slots
+        self._reading = threading.Lock()  # what is being read can't be erased where it lies
         programs = TransferPrograms(kv_pool, num_layers, memory_kind)
         self.block = programs.block
         self._gather = programs.lower_gather().compile()
@@ -111,7 +115,12 @@ class HostPool:
         for slot in slots:
             contents, self._slots[slot] = self._slots[slot], None
             if isinstance(contents, jax.Array):
-                self._zero(contents)
+                with self._reading:
+                    self._zero(contents)
+
+    def as_read_later(self, contents: Contents) -> Block:
+        """The same memory as something that another thread will read, if it isn't erased before."""
+        return contents if isinstance(contents, np.ndarray) else _ReadLater(contents, self._reading)
 
     def swap_in(
         self, kv_pool: jax.Array, swaps: Sequence[SwapIn], contents: Sequence[Contents]
@@ -195,13 +204,23 @@ class TransferPrograms:
         return write_blocks(kv_pool, blocks, layers_contents, num_layers=self._num_layers)
 
 
-def as_read_later(contents: Contents) -> Contents:
-    """The same memory as an array that somebody will read once, on a thread of their own.
+class _ReadLater:
+    """Contents that are copied when they are read: once they are erased, a RuntimeError of jax's.
 
     jax keeps the NumPy form of an array that was ever read as NumPy, which for pinned memory would
-    be a second copy for as long as the slot lives; of this array, it goes when this one goes.
+    be a second copy for as long as the slot lives, and on a CPU keeps the memory from being erased.
+    So an array of the same memory is made to be read, and is gone when that is done.
     """
-    if isinstance(contents, np.ndarray):
-        return contents
-    shards = [shard.data for shard in contents.addressable_shards]
-    return jax.make_array_from_single_device_arrays(contents.shape, contents.sharding, shards)
+
+    def __init__(self, contents: jax.Array, reading: threading.Lock):
+        self._contents = contents
+        self._reading = reading
+        self.shape, self.dtype, self.nbytes = contents.shape, contents.dtype, contents.nbytes
+
+    def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
+        with self._reading:
+            shards = [shard.data for shard in self._contents.addressable_shards]
+            array = jax.make_array_from_single_device_arrays(
+                self.shape, self._contents.sharding, shards
+            )
+            return np.array(array, dtype)

@@ -24,9 +24,10 @@ from engine.core.scheduler import SchedulerState
 from engine.runtime.clocks import CacheClock, Deadlines
 from engine.runtime.disk_tier import DiskTier
 from engine.runtime.figures import StepRecord, Totals
+from engine.runtime.inbox import Abort, Event, Flush, Look, Wake
 from engine.runtime.recorder import Recorder
 from engine.runtime.runner import Launched, Runner
-from engine.runtime.tiers import Arrival, Tiers
+from engine.runtime.tiers import Arrival, Tiers, answer
 from engine.runtime.waits import Waits
 from engine.sampling import InvalidRequest
 from engine.types import Domain, FinishReason, QueueFull, Request, StepOutput, StepPlan
@@ -46,27 +47,6 @@ class Rejected(NamedTuple):
 
 
 News = Sequence[StepOutput | Rejected]
-
-
-class _Abort(NamedTuple):
-    request_id: str
-    reason: FinishReason
-
-
-class _Flush(NamedTuple):
-    domain: Domain | None
-    done: Future[int]
-
-
-class _Look(NamedTuple):
-    at: Callable[[SchedulerState], None]
-
-
-class _Wake(NamedTuple):
-    """Blocks that a request waits for were read."""
-
-
-_Event = Request | _Abort | _Flush | _Wake | _Look | None  # None: close
 
 
 class _InFlight(NamedTuple):
@@ -110,9 +90,9 @@ class EngineLoop:
         self._state = SchedulerState.initial(limits)
         # `submit` bounds the requests in it. Aborts always fit, so that nobody, this thread least
         # of all, waits for room; there are never more of them than the caller has requests.
-        self._inbox: queue.SimpleQueue[_Event] = queue.SimpleQueue()
+        self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
         self._num_submitted = 0  # sequences in the inbox
-        self._taken: list[_Event] = []  # from the inbox, not dealt with yet
+        self._taken: list[Event] = []  # from the inbox, not dealt with yet
         self._entry = threading.Lock()  # guards it; nothing is submitted once `_closing` is set
         self._live: dict[str, Request] = {}  # by each name that news of theirs come under
         self._deadlines = Deadlines()
@@ -122,7 +102,7 @@ class EngineLoop:
             disk,
             runner.host if disk else None,
             limits,
-            wake=lambda: self._inbox.put(_Wake()),
+            wake=lambda: self._inbox.put(Wake()),
             clock=lambda: self._clock.now,
         )
         self._recorder = Recorder(record, limits, tokens=record_tokens) if record else None
@@ -173,7 +153,7 @@ class EngineLoop:
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request; unknown ids are ignored. The news says when it has ended."""
         if not self._closing:  # which ends everything by itself
-            self._inbox.put(_Abort(request_id, reason))
+            self._inbox.put(Abort(request_id, reason))
 
     def flush(self, domain: Domain | None) -> Future[int]:
         """Forget what a domain left in the cache, or with None all but what is public.
@@ -186,7 +166,7 @@ class EngineLoop:
             if self._closing:
                 done.set_exception(EngineStopped("the engine is closed, or failed"))
             else:
-                self._inbox.put(_Flush(domain, done))
+                self._inbox.put(Flush(domain, done))
         return done
 
     def look(self, at: Callable[[SchedulerState], None]) -> None:
@@ -196,7 +176,7 @@ class EngineLoop:
         not called any more once the loop ends.
         """
         if not self._closing:
-            self._inbox.put(_Look(at))
+            self._inbox.put(Look(at))
 
     def close(self) -> None:
         """Abort what is left and stop. Safe to call twice."""
@@ -336,16 +316,17 @@ class EngineLoop:
             self._record(lambda recorder: recorder.tick(now))
             self._state = upkeep.tick(self._state, now)
 
-    def _flush(self, event: _Flush) -> None:
+    def _flush(self, event: Flush) -> None:
         if not event.done.set_running_or_notify_cancel():
             return  # whoever asked has given up
         cached = self._state.pool.cached
         self._record(lambda recorder: recorder.flush(event.domain))
         self._state = upkeep.flush(self._state, event.domain)
-        self.tiers.flush(self._state.core.step)
-        event.done.set_result(cached - self._state.pool.cached)
+        cached -= self._state.pool.cached
+        removed = self.tiers.flush(event.domain, self._state.core.step)
+        removed.add_done_callback(lambda disk: answer(event.done, disk.exception() or cached))
 
-    def _apply(self, events: Sequence[_Event]) -> bool:
+    def _apply(self, events: Sequence[Event]) -> bool:
         """Admit and end requests, those included whose time is up. Returns whether to go on."""
         self._tick()
         news: list[StepOutput | Rejected] = []
@@ -356,12 +337,12 @@ class EngineLoop:
                     news.extend(self._end(request_id, FinishReason.ABORT))
                 self._publish(news)
                 return False
-            if isinstance(event, _Abort):
+            if isinstance(event, Abort):
                 self._admit_all(self.tiers.release(event.request_id), news)
                 news.extend(self._end(event.request_id, event.reason))
-            elif isinstance(event, _Flush):
+            elif isinstance(event, Flush):
                 self._flush(event)
-            elif isinstance(event, _Look):
+            elif isinstance(event, Look):
                 event.at(self._state)
             elif isinstance(event, Request):
                 self._admit_all(self.tiers.release(*event.names), news)  # they were here first
@@ -408,15 +389,10 @@ class EngineLoop:
         with self._entry:
             self._closing = True
         events = self._taken + [arrival.request for arrival in self.tiers.release()]
-        while not self._inbox.empty():
-            events.append(self._inbox.get())
+        events += [self._inbox.get() for _ in range(self._inbox.qsize())]
         for event in events:
-            if (
-                isinstance(event, _Flush)
-                and not event.done.done()
-                and (event.done.running() or event.done.set_running_or_notify_cancel())
-            ):
-                event.done.set_exception(EngineStopped("the engine failed; its log says why"))
+            if isinstance(event, Flush):
+                answer(event.done, EngineStopped("the engine failed; its log says why"))
         lost = {
             name: event for event in events if isinstance(event, Request) for name in event.replies
         }

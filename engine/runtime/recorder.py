@@ -182,6 +182,7 @@ class Pseudonyms:
             beams=_beams(request.sampling),
             prompt_logprobs=request.sampling.prompt_logprobs is not None,
             cache_ttl=request.cache_ttl,
+            is_private=request.is_private,
             is_public=request.is_public,
         )
 

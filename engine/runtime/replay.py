@@ -213,6 +213,7 @@ class Replay:
             domain=Domain(*event.domain),
             priority=event.priority,
             cache_ttl=event.cache_ttl,
+            is_private=event.is_private,
             is_public=event.is_public,
             forks=tuple(Fork(f"{name}.{number}", 0) for number in range(1, num_forks + 1)),
         )

@@ -9,11 +9,14 @@ All but `DiskTier`'s own threads' part runs on the step loop's thread.
 
 from __future__ import annotations
 
+import contextlib
+import hashlib
 import itertools
 import logging
+import struct
 import time
-from collections.abc import Callable, Collection, Iterator, Sequence
-from concurrent.futures import Future
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import Future, InvalidStateError
 from typing import NamedTuple
 
 import jax
@@ -24,17 +27,17 @@ from engine.config import Architecture, Backend, Config, ConfigError, resolve_di
 from engine.core.admission import check_request
 from engine.core.costs import compute_ns, restoring_pays
 from engine.core.limits import Limits
-from engine.core.restoring import kept_blocks, missing_blocks, restore
+from engine.core.restoring import KeptBlock, kept_blocks, missing_blocks, restore
 from engine.core.scheduler import SchedulerState
 from engine.memory_plan import format_bytes
 from engine.model.attention import kv_pool_dtype, kv_pool_shape
-from engine.runtime.block_file import NEVER, BlockLayout
+from engine.runtime.block_file import NEVER, PUBLIC_TAG, TAG_BYTES, Block, BlockLayout
 from engine.runtime.block_folder import FolderRefused
 from engine.runtime.disk_tier import DiskTier
-from engine.runtime.host_pool import Contents, HostPool, as_read_later
+from engine.runtime.host_pool import Contents, HostPool
 from engine.runtime.runner import Launched
 from engine.sampling import InvalidRequest
-from engine.types import QueueFull, Request
+from engine.types import Domain, QueueFull, Request
 
 log = logging.getLogger(__name__)
 
@@ -55,11 +58,19 @@ class Arrival(NamedTuple):
 class _Held:
     """A request that waits for blocks."""
 
-    def __init__(self, request: Request, first: int, keys: tuple[bytes, ...], until: float):
+    def __init__(
+        self,
+        request: Request,
+        first: int,
+        keys: tuple[bytes, ...],
+        num_public: int,
+        until: float,
+    ):
         self.request = request
         self.names = set(request.names)
         self.first = first
         self.keys = keys
+        self.num_public = num_public  # of them, the first
         self.until = until  # time.monotonic() seconds
         self.since = time.monotonic()
         self.future: Future[list[np.ndarray]] | None = None
@@ -94,7 +105,7 @@ class Tiers:
         self._limits = limits
         self._wake = wake
         self._clock = clock
-        self._flushed_before = 0  # the first plan after the last flush
+        self._flushed: dict[Domain | None, int] = {}  # the first plan after the last flush of each
         self._held: dict[str, _Held] = {}  # by each name of the request, in order of arrival
         self._most_blocks = limits.host_blocks // 2  # that may be on their way at once
         block_bytes = disk.layout.num_bytes if disk else 0
@@ -125,9 +136,12 @@ class Tiers:
             check_request(state.core, limits, request)
         except (InvalidRequest, QueueFull):
             return False  # it is refused at once
-        first, keys = missing_blocks(state, limits, request)
+        first, keys, num_public = missing_blocks(state, limits, request)
         num_blocks = sum(len(held.keys) for held in self._requests())
         most = min(len(keys), self._most_blocks - num_blocks)
+        public, own = keys[:num_public], keys[num_public:]
+        tag = tag_of(request.domain)
+        keys = (*(key + PUBLIC_TAG for key in public), *(key + tag for key in own))
         keys = tuple(itertools.takewhile(self.disk.__contains__, keys[: max(0, most)]))
         if not keys or not restoring_pays(limits, first, len(keys), self._read_ns):
             return False
@@ -137,7 +151,7 @@ class Tiers:
         until = time.monotonic() + seconds
         if request.deadline is not None:
             until = min(until, request.deadline)
-        held = _Held(request, first, keys, until)
+        held = _Held(request, first, keys, num_public, until)
         self._held.update(dict.fromkeys(request.names, held))
         held.future = self.disk.fetch(keys)
         held.future.add_done_callback(lambda future: self._take(held, future))
@@ -167,29 +181,34 @@ class Tiers:
                 self.num_restored += 1
         return state
 
-    def forget(self, keys: Collection[bytes] | None = None) -> None:
-        """Drop blocks that are being read, all if no keys are given: they were forgotten below."""
-        for held in self._requests():
-            gone = (n for n, key in enumerate(held.keys) if keys is None or key in keys)
-            held.most = min(held.most, next(gone, held.most))
+    def flush(self, domain: Domain | None, next_step: int) -> Future[int]:
+        """Forget what a domain left on disk, or with None all but what is public; what is on its
+        way there or back too, before the plan of that step.
 
-    def flush(self, next_step: int) -> None:
-        """Forget everything on disk, and on its way there or back, before the plan of that step.
-
-        The disk doesn't know whose a block is: the key tells nobody.
+        Nobody finds it any more. The future is done when nobody will after a restart either, or
+        has the error why not; see `DiskTier.forget_tagged`.
         """
-        self._flushed_before = next_step
-        if self.disk is not None:
-            self.disk.clear()
-            self.forget()
+        if self.disk is None:
+            none: Future[int] = Future()
+            none.set_result(0)
+            return none
+        self._flushed[domain] = next_step
+        for held in self._requests():
+            if domain in (None, held.request.domain):
+                held.most = min(held.most, held.num_public)
+        return self.disk.forget_tagged(None if domain is None else tag_of(domain))
 
     def keep(self, launched: Launched) -> None:
         """Have the blocks that went out with a step written behind; the step is done."""
-        if self.disk is None or launched.outgoing is None:
+        if self.disk is None:
             return
-        if launched.plan.step >= self._flushed_before:
-            for swap, contents in launched.outgoing.finish():
-                self.disk.put(swap.key, as_read_later(contents), self._wall_time(swap.expires))
+        assert self._host is not None
+        step = launched.plan.step
+        self._flushed = {domain: first for domain, first in self._flushed.items() if first > step}
+        for swap, contents in launched.outgoing.finish() if launched.outgoing else ():
+            if swap.domain is None or self._flushed.keys().isdisjoint((None, swap.domain)):
+                block = self._host.as_read_later(contents)
+                self._put(swap.key, swap.domain, swap.expires, block)
 
     def save(self, state: SchedulerState, kv_pool: Callable[[], jax.Array]) -> None:
         """Write what is still in memory, what is worth most first, until the disk tier is full or
@@ -199,39 +218,46 @@ class Tiers:
         end = time.monotonic() + SAVE_SECONDS
         room = self.disk.max_bytes // self.disk.layout.file_bytes
         kept = kept_blocks(state)
-        blocks = {key: block for key, block, _ in kept.blocks if key not in self.disk}
-        slots = {
-            key: slot for key, slot, _ in kept.slots if key not in blocks and key not in self.disk
-        }
-        expiry = {key: self._wall_time(expires) for key, _, expires in kept.slots + kept.blocks}
+        blocks = self._unwritten(kept.blocks)
+        slots = self._unwritten(kept.slots)
+        for key in blocks:
+            slots.pop(key, None)
         saved = 0
-        for key, contents in itertools.islice(self._in_memory(blocks, slots, kv_pool()), room):
+        for one, contents in itertools.islice(self._in_memory(blocks, slots, kv_pool()), room):
             if time.monotonic() >= end:
                 break
-            if not self.disk.put(key, contents, expiry[key]):  # a full queue drains
+            given = (one.key, one.domain, one.expires, contents)
+            if not self._put(*given):  # a full queue drains
                 self.disk.flush(max(0.0, end - time.monotonic()))
-                if not self.disk.put(key, contents, expiry[key]):  # a broken disk doesn't
+                if not self._put(*given):  # a broken disk doesn't
                     break
             saved += 1
         self.disk.flush(max(0.0, end - time.monotonic()))
         left = len(blocks) + len(slots) - saved
         log.info("disk tier: %d blocks written at the end, %d left out", saved, left)
 
-    def _wall_time(self, expires: int) -> float:
-        """A time of the scheduler's clock, in milliseconds, as `DiskTier` takes it."""
-        return time.time() + expires / 1000 - self._clock() if expires else NEVER
+    def _put(self, key: bytes, domain: Domain | None, expires: int, contents: Block) -> bool:
+        """Have a block written. Returns whether it needs no second try."""
+        assert self.disk is not None
+        wall_time = time.time() + expires / 1000 - self._clock() if expires else NEVER
+        return self.disk.put(key + tag_of(domain), contents, wall_time)
+
+    def _unwritten(self, kept: Sequence[KeptBlock]) -> dict[bytes, KeptBlock]:
+        """Those that the disk lacks, by key."""
+        assert self.disk is not None
+        return {one.key: one for one in kept if one.key + tag_of(one.domain) not in self.disk}
 
     def _in_memory(
-        self, blocks: dict[bytes, int], slots: dict[bytes, int], kv_pool: jax.Array
-    ) -> Iterator[tuple[bytes, Contents]]:
-        """The contents of blocks and then of slots, by key; brought to the host when asked for."""
+        self, blocks: dict[bytes, KeptBlock], slots: dict[bytes, KeptBlock], kv_pool: jax.Array
+    ) -> Iterator[tuple[KeptBlock, Block]]:
+        """Blocks and then slots, with their contents, brought to the host when asked for."""
         assert self._host is not None
-        for some in itertools.batched(blocks.items(), _SAVED_AT_A_TIME):
-            contents = self._host.fetch(kv_pool, [block for _, block in some])
-            yield from zip((key for key, _ in some), contents, strict=True)
-        for key, slot in slots.items():
-            (content,) = self._host.read([slot])
-            yield key, as_read_later(content)
+        for some in itertools.batched(blocks.values(), _SAVED_AT_A_TIME):
+            contents = self._host.fetch(kv_pool, [one.place for one in some])
+            yield from zip(some, contents, strict=True)
+        for one in slots.values():
+            (content,) = self._host.read([one.place])
+            yield one, self._host.as_read_later(content)
 
     def _requests(self) -> Iterator[_Held]:
         """What is held, each once, in order of arrival."""
@@ -315,3 +341,27 @@ def open_disk_tier(
         format_bytes(disk.max_bytes),
     )
     return disk
+
+
+def tag_of(domain: Domain | None) -> bytes:
+    """What says on disk whose a block is, 8 bytes; None: everybody's.
+
+    Two domains with one tag would only be flushed together: what may be found says the key.
+    """
+    if domain is None:
+        return PUBLIC_TAG
+    digest = hashlib.sha256(b"octavo.disk_tag.v1")
+    for part in (domain.tenant, domain.salt):
+        encoded = part.encode("utf-8", "surrogatepass")  # any text must do: it is a client's
+        digest.update(struct.pack("<Q", len(encoded)))
+        digest.update(encoded)
+    return digest.digest()[:TAG_BYTES]
+
+
+def answer(done: Future[int], outcome: int | BaseException) -> None:
+    """Settle a future that somebody else may have settled, or given up, meanwhile."""
+    with contextlib.suppress(InvalidStateError):
+        if isinstance(outcome, BaseException):
+            done.set_exception(outcome)
+        else:
+            done.set_result(outcome)

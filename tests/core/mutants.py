@@ -20,6 +20,7 @@ from engine.core import (
     restoring,
     scheduler,
     sequences,
+    upkeep,
 )
 from engine.core.beams import BeamGroup
 from engine.core.block_keys import child_key, root_key
@@ -422,6 +423,16 @@ def what_is_missing_starts_behind_the_pool_s_part(patch: Patch) -> None:
 
 
 @mutant
+def a_request_s_public_blocks_count_as_its_own_on_disk(patch: Patch) -> None:
+    rewrite(patch, restoring, "missing_blocks", "seq.num_public - first", "0")
+
+
+@mutant
+def what_goes_out_is_everybody_s(patch: Patch) -> None:
+    rewrite(patch, planning, "_swap_out", "evicted.tag.domain", "None")
+
+
+@mutant
 def the_last_block_of_a_prompt_counts_as_missing(patch: Patch) -> None:
     rewrite(patch, restoring, "missing_blocks", "seq.num_prompt - 1", "seq.num_prompt")
 
@@ -612,6 +623,31 @@ def a_flush_forgets_no_host_block(patch: Patch) -> None:
 
 
 @mutant
+def a_private_request_s_blocks_get_names(patch: Patch) -> None:
+    rewrite(patch, planning, "name_full_blocks", "seq.leaves_nothing", "False")
+
+
+@mutant
+def a_private_request_finds_what_others_left(patch: Patch) -> None:
+    patch.setattr(Sequence, "looks_nothing_up", Sequence.needs_whole_prompt)
+
+
+@mutant
+def what_a_private_request_gives_up_is_not_erased(patch: Patch) -> None:
+    patch.setattr(Sequence, "erases", property(lambda seq: seq.tag.time_to_live > 0))
+
+
+@mutant
+def a_flush_does_not_reach_what_runs(patch: Patch) -> None:
+    rewrite(patch, upkeep, "flush", "seq.leaves_nothing = True", "pass")
+
+
+@mutant
+def a_fork_counts_public_keys_that_it_has_not(patch: Patch) -> None:
+    rewrite(patch, Sequence, "part_from", "self.keys = parent.keys.copy()", "pass")
+
+
+@mutant
 def domains_share_what_follows_a_public_prefix(patch: Patch) -> None:
     patch.setattr(sequences, "joined_key", lambda root, public: public)
 
@@ -623,7 +659,7 @@ def what_a_domain_sends_becomes_public(patch: Patch) -> None:
 
 @mutant
 def a_lost_public_prefix_stays_pinned(patch: Patch) -> None:
-    rewrite(patch, scheduler, "fail", "core.unpin()", "pass")
+    rewrite(patch, scheduler, "fail", "core.public.unpin(core)", "pass")
 
 
 @mutant
@@ -716,11 +752,6 @@ def copies_of_shared_ends_need_no_room(patch: Patch) -> None:
 @beam_mutant
 def a_loser_keeps_its_blocks(patch: Patch) -> None:
     rewrite(patch, Core, "branch", "self.pool.release(seq.owned_blocks()", "str((0)")
-
-
-@beam_mutant
-def a_child_is_named_by_its_old_parent_s_tokens(patch: Patch) -> None:
-    rewrite(patch, Sequence, "part_from", "self.keys = parent.keys.copy()", "pass")
 
 
 @beam_mutant

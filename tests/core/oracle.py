@@ -145,6 +145,7 @@ class Record:
         self.num_preempted = 0
         self.has_slot = False
         self.is_live = True
+        self.leaves_nothing = request.is_private
         self.gang: Gang | None = None
 
     def history(self, count: int) -> History:

@@ -50,7 +50,7 @@ REQUEST: Ranges = {
     "logprobs": (0, 9),
     "prompt_logprobs": (0, 9),
     "forks": (-6, 3),  # none if it is not above 0
-    "restored": (-2, 6),  # blocks that come from below the host tier, none if it is not above 0
+    "restored": (-1, 6),  # blocks that come from below the host tier, none if it is not above 0
 }
 # Small pools, and requests of which most are searches.
 SEARCH_LIMITS: Ranges = {
@@ -163,6 +163,7 @@ def make_request(numbers: Numbers, simulation: Simulation, serial: int) -> Reque
         max_tokens=numbers["max_tokens"],
         stop_ids=frozenset({numbers["stop"]}),
         domain=domain,
+        is_private=numbers["identity"] == 9,
         cache_ttl=TIMES_TO_LIVE.get(domain, 0),
         priority=max(0, numbers["priority"] - 3),
         forks=tuple(Fork(f"{name}/{number}", number) for number in range(1, num_forks + 1)),

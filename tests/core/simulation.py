@@ -12,6 +12,7 @@ Hypothesis and a seeded random driver both use `Simulation`; see `test_stateful`
 from __future__ import annotations
 
 import dataclasses
+import itertools
 from collections import Counter, deque
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
@@ -82,8 +83,9 @@ class Simulation:
         self.aborted: deque[Request] = deque(maxlen=1)
         self._roots: dict[Domain, History] = {}
         self._num_arrivals = 0
-        # All that ever went to the host tier, and until when it may stay; 0: without limit.
-        self.disk: dict[bytes, tuple[list[History | None], int]] = {}
+        # All that ever went to the host tier, until when it may stay (0: without limit), and whose
+        # it is.
+        self.disk: dict[bytes, tuple[list[History | None], int, Domain | None]] = {}
         self._held: list[list[int]] = []  # the running sequences' blocks after the last operation
         self._cached: set[int] = set()
         self._unlaunched: StepPlan | None = None
@@ -109,7 +111,13 @@ class Simulation:
         """Forget what a domain left, or all. Nobody finds it any more, wherever it lies."""
         old = self.state
         self.state = upkeep.flush(self.state, domain)
-        self.disk.clear()  # as `Tiers` does
+        for key, (_, _, owner) in list(self.disk.items()):  # as `Tiers` does
+            if owner is not None and domain in (None, owner):
+                del self.disk[key]
+        for name, record in self.records.items():
+            if not record.request.is_public and domain in (None, record.request.domain):
+                record.leaves_nothing = True
+                self._condemn(self._tables().get(name, []))
         if self.recorder:
             self.recorder.flush(domain)
         self._assert_consumed(old)
@@ -179,18 +187,20 @@ class Simulation:
         limits = self.limits
         size = limits.block_size
         before = self.state.snapshot()
-        first, keys = restoring.missing_blocks(self.state, limits, record.request)
+        first, keys, num_public = restoring.missing_blocks(self.state, limits, record.request)
         assert self.state.snapshot() == before
         full = (record.num_prompt - 1) // size if limits.prefix_reuse else 0
-        if record.request.sampling.prompt_logprobs is not None:
+        if record.request.sampling.prompt_logprobs is not None or record.request.is_private:
             full = 0
         ends = range((first + 1) * size, (full + 1) * size, size)
         assert list(keys) == [self._key(record.history(end)) for end in ends]
+        assert num_public == sum(self._is_public(record.history(end)) for end in ends)
         found: list[list[History | None]] = []
-        for key in keys[:most]:
-            contents, expires = self.disk.get(key, ([], 0))
+        for index, key in enumerate(keys[:most]):
+            contents, expires, owner = self.disk.get(key, ([], 0, None))
             if not contents or 0 < expires <= self.now:
                 break
+            assert owner == (None if index < num_public else record.request.domain)
             found.append(contents)
         if self.recorder:
             self.recorder.restore(request_id, first, len(found))
@@ -311,6 +321,11 @@ class Simulation:
                 affected.setdefault(record.request.request_id, record)
         if self.recorder:
             self.recorder.fail(tuple(plans))
+        for plan in plans:  # what was on its way to host memory may have arrived, or not
+            for swap in plan.swap_outs:
+                contents = self.host.get(swap.slot)
+                if contents and contents[-1] and self._key(contents[-1]) == swap.key:
+                    self.host[swap.slot] = [None] * self.limits.block_size
         if (public := affected.get("public")) is not None:  # it is tried again
             del affected["public"]
             public.num_preempted += 1
@@ -411,12 +426,21 @@ class Simulation:
 
     # The device.
 
+    def _condemn(self, blocks: list[int]) -> None:
+        """What these hold must be gone when nobody uses it any more, unless it is public."""
+        for block in blocks:
+            for offset, history in enumerate(self.kv[block]):
+                if history is not None and not self._is_public(history):
+                    self._condemned.add((block, offset))
+
     def _wipe(self) -> None:
         shape = (self.limits.num_blocks, self.limits.block_size)
         self.kv: list[list[History | None]] = [[None] * shape[1] for _ in range(shape[0])]
         self.slots: dict[int, Slot] = {}
         self.host: dict[int, list[History | None]] = getattr(self, "host", {})  # outlives it
         self._named: set[int] = set()
+        # Places in the pool of which nothing may stay, as their request was private or flushed.
+        self._condemned: set[tuple[int, int]] = set()
 
     def _launch(self, plan: StepPlan) -> InFlight:
         """Run the plan: all reads see the state before the step, then all writes happen."""
@@ -425,11 +449,19 @@ class Simulation:
         writes: dict[tuple[int, int], History] = {}
         sampled: list[int] = []
         lasts: list[History] = []
+        condemned: set[tuple[int, int]] = set()
         prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
         logprobs: dict[int, TokenLogprobs] = {}
         for index, (row, record) in enumerate(zip(plan.rows, records, strict=True)):
+            known = len(writes)
             last = self._run_row(row, record, writes, lasts)
             lasts.append(last)
+            if record.leaves_nothing:
+                condemned.update(
+                    place
+                    for place, history in itertools.islice(writes.items(), known, None)
+                    if record.request.is_private or not self._is_public(history)
+                )
             sampling = row.request.sampling
             if sampling.prompt_logprobs is not None:
                 stop = row.start + row.num_tokens
@@ -445,6 +477,8 @@ class Simulation:
             sampled.append(token)
         for (block, offset), history in writes.items():
             self.kv[block][offset] = history
+        self._condemned -= writes.keys()
+        self._condemned |= condemned
         for row, record, token in zip(plan.rows, records, sampled, strict=True):
             if row.samples and record.gang is not None:
                 record.num_sampled += 1
@@ -477,20 +511,29 @@ class Simulation:
         copied = {copy.destination: list(self.kv[copy.source]) for copy in plan.block_copies}
         incoming = {swap.block: list(self.host[swap.slot]) for swap in plan.swap_ins}
         outgoing: dict[int, list[History | None]] = {}
-        for block, slot, key, expires in plan.swap_outs:
+        for block, slot, key, expires, domain in plan.swap_outs:
             last = self.kv[block][-1]
             assert last is not None, "an unwritten block is swapped out"
             assert key == self._key(last)
             outgoing[slot] = list(self.kv[block])
-            self.disk[key] = list(self.kv[block]), expires
+            assert domain == (None if self._is_public(last) else last.domain)
+            self.disk[key] = list(self.kv[block]), expires, domain
         nothing: list[History | None] = [None] * self.limits.block_size
         for slot in plan.erased_slots:
             self.host[slot] = nothing.copy()
         self.host |= outgoing
         erased = {block: nothing.copy() for block in plan.erased_blocks}
         assert len(erased) == len(plan.erased_blocks)
+        condemned = {
+            (copy.destination, offset)
+            for copy in plan.block_copies
+            for offset in range(self.limits.block_size)
+            if (copy.source, offset) in self._condemned
+        }
         for block, contents in [*copied.items(), *erased.items(), *incoming.items()]:
             self.kv[block] = contents
+            self._condemned -= {(block, offset) for offset in range(self.limits.block_size)}
+        self._condemned |= condemned
         self.counts["swapped in"] += len(incoming)
         self.counts["swapped out"] += len(outgoing)
         self.counts["erased blocks"] += len(erased)
@@ -721,6 +764,9 @@ class Simulation:
                 assert self._left_at[block] + TIMES_TO_LIVE[domain] > self.now, "kept too long"
             else:
                 assert limited == {running.get(block)}, "a block of nobody's was not erased"
+        for block in {block for block, _ in self._condemned}:
+            assert block in running, "a private or flushed request left something"
+            assert block not in pool._key_of, "it can be found what a private or flushed one holds"
         entries = {entry.slot: entry for entry in core.host._entries.values()}
         for slot, contents in self.host.items():
             for history in contents:
@@ -728,6 +774,7 @@ class Simulation:
                     assert entries[slot].expires > self.now, "kept too long in host memory"
 
     def _is_public(self, history: History) -> bool:
+        """Whether the block that holds it is a public prefix's."""
         tokens = history.tokens
         full = -(-len(tokens) // self.limits.block_size) * self.limits.block_size
         return full <= len(self.public) and tokens == self.public[: len(tokens)]
@@ -748,6 +795,11 @@ class Simulation:
             assert last is not None, "a block was named before it was written"
             assert contents == last.block(block_size), "a named block's contents are torn"
             assert key == self._key(last), "a block's name is not true"
+        for key, entry in self.state.core.host._entries.items():
+            contents = self.host[entry.slot]
+            assert (last := contents[-1]) is not None, "a slot was named, but nothing is in it"
+            assert contents == last.block(block_size), "a slot's contents are torn"
+            assert key == self._key(last), "a slot's name is not true"
         self.counts["evicted"] += len(self._named - pool._key_of.keys())
         self._named = set(pool._key_of)
 

@@ -21,7 +21,7 @@ from engine.runtime.block_file import BlockLayout
 from engine.runtime.disk_tier import DiskTier
 
 LAYOUT = BlockLayout((4, 4, 16, 1024), "float32", "tests")  # 1 MiB
-KEYS = [bytes([number]) * 32 for number in range(24)]
+KEYS = [bytes([number]) * 40 for number in range(24)]
 MAX_BYTES = 14 * LAYOUT.file_bytes  # too little for all keys: blocks are evicted too
 WRONG_ANSWER = 3
 

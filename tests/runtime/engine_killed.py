@@ -37,7 +37,7 @@ def make_engine(model: str, folder: str, cache: str) -> Engine:
         "cache.num_blocks": 20,
         "cache.host_memory": 32 * 8192,
         "cache.disk_path": folder,
-        "cache.disk_size": 30 * 8316,
+        "cache.disk_size": 30 * 8324,
         "cache.swap": "always",
         "model.max_model_len": 256,
         "compile_cache": cache,

@@ -8,6 +8,7 @@ import logging
 import os
 import random
 import shutil
+import signal
 import subprocess
 import sys
 import threading
@@ -21,15 +22,16 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 
-from engine.runtime.block_file import BlockLayout, Miss
-from engine.runtime.disk_tier import DiskTier, TierCounts
+from engine.runtime.block_file import PUBLIC_TAG, BlockLayout, Miss
+from engine.runtime.disk_tier import DiskTier
+from engine.runtime.figures import TierCounts
 from tests.conftest import ROOT
 from tests.runtime import disk_tier_writers
 
 LAYOUT = BlockLayout((2, 1, 4, 6), "bfloat16", "weights")
 OTHER = BlockLayout((2, 1, 4, 6), "bfloat16", "other weights")
 PLENTY = 1000 * LAYOUT.file_bytes
-KEYS = [bytes([number]) * 32 for number in range(16)]
+KEYS = [bytes([number]) * 32 + bytes([1 + number // 4]) * 8 for number in range(16)]  # of 4 tags
 
 
 def contents(key: bytes, layout: BlockLayout = LAYOUT) -> np.ndarray:
@@ -158,7 +160,7 @@ def test_a_restart_finds_the_folder_warm(open_tier: Open) -> None:
     second = open_tier()
     assert present(second) == list(range(16))
     assert all(same(second.get(key), key) for key in KEYS)
-    assert bytes(31) + b"\xff" not in second
+    assert bytes(39) + b"\xff" not in second
 
 
 def test_close_writes_what_waits(open_tier: Open) -> None:
@@ -239,12 +241,12 @@ def test_wrong_shapes_dtypes_and_keys_are_refused(open_tier: Open) -> None:
     with pytest.raises(ValueError, match=r"not float32\[2, 1, 4, 6\]"):
         tier.put(KEYS[0], block.astype(np.float32))
     for use in (lambda: tier.put(b"short", block), lambda: tier.get(b""), lambda: b"" in tier):
-        with pytest.raises(ValueError, match=r"a block key has 32 bytes, not [05]"):
+        with pytest.raises(ValueError, match=r"a block key has 40 bytes, not [05]"):
             use()
 
 
 def test_limits_below_one_block_are_refused(folder: Path) -> None:
-    with pytest.raises(ValueError, match="max_bytes is 100, but must be at least 220 for"):
+    with pytest.raises(ValueError, match="max_bytes is 100, but must be at least 228 for"):
         DiskTier(folder, 100, LAYOUT)
     with pytest.raises(ValueError, match="queue_bytes is 95, but must be at least 96"):
         DiskTier(folder, PLENTY, LAYOUT, queue_bytes=95)
@@ -339,7 +341,7 @@ def test_a_lower_limit_is_kept_from_the_start(open_tier: Open, folder: Path) -> 
     fill(first := open_tier())
     first.close()
     tier = open_tier(max_bytes=3 * LAYOUT.file_bytes, num_writers=1)
-    fill(tier, [bytes(31) + b"\xff"])
+    fill(tier, [bytes(39) + b"\xff"])
     assert len(files(folder)) == 3
 
 
@@ -406,7 +408,7 @@ def test_files_that_are_no_blocks_are_left_alone(open_tier: Open, folder: Path) 
     tier = open_tier(max_bytes=2 * LAYOUT.file_bytes)
     fill(tier, KEYS[:6])
     assert tier.counts().num_bytes == 2 * LAYOUT.file_bytes
-    tier.clear()
+    tier.forget_tagged(None).result(30)
     assert all(path.exists() for path in strangers)
     assert files(folder) == [strangers[2]]
 
@@ -417,7 +419,7 @@ def test_files_that_are_no_blocks_are_left_alone(open_tier: Open, folder: Path) 
 def test_forgotten_blocks_are_misses_and_their_files_gone(open_tier: Open, folder: Path) -> None:
     tier = open_tier()
     fill(tier)
-    assert tier.forget([*KEYS[:3], bytes(31) + b"\xff"]) == 3
+    assert tier.forget([*KEYS[:3], bytes(39) + b"\xff"]) == 3
     assert present(tier) == list(range(3, 16))
     assert all(tier.get(key) is None for key in KEYS[:3])
     assert len(files(folder)) == 13
@@ -461,16 +463,161 @@ def test_a_block_put_again_does_not_go_with_its_old_file(
     assert present(tier) == [1]
 
 
-def test_clear_takes_this_layout_only(open_tier: Open, gate: Gate) -> None:
+def test_forgetting_all_takes_this_layout_only(open_tier: Open, gate: Gate) -> None:
     gate.open()
     other, tier, neighbour = open_tier(layout=OTHER), open_tier(), open_tier()
     fill(other, KEYS[:2])
     fill(tier, KEYS[:4])
     fill(neighbour, KEYS[4:6])
-    assert tier.clear() == 6, "those of another process too"
+    assert tier.forget_tagged(None).result(30) == 6, "those of another process too"
     assert present(tier) == []
     assert neighbour.get(KEYS[5]) is None
     assert same(other.get(KEYS[0]), KEYS[0], OTHER)
+
+
+def test_forgetting_a_tag_leaves_all_others(open_tier: Open, folder: Path) -> None:
+    public = bytes([99]) * 32 + PUBLIC_TAG
+    other = open_tier(layout=OTHER)
+    fill(other, KEYS[:2])
+    fill(open_tier(), [*KEYS[:6], public])
+    fill(neighbour := open_tier(), KEYS[6:10])
+    tier = open_tier()
+    fill(neighbour, KEYS[10:12])  # which it doesn't know
+    assert tier.forget_tagged(KEYS[0][32:]).result(30) == 4
+    assert present(open_tier()) == list(range(4, 12))
+    assert tier.forget_tagged(KEYS[11][32:]).result(30) == 4, "those of another process too"
+    assert present(open_tier()) == [4, 5, 6, 7]
+    assert tier.forget_tagged(None).result(30) == 4
+    assert present(open_tier()) == []
+    assert same(tier.get(public), public), "it is everybody's"
+    assert same(other.get(KEYS[0]), KEYS[0], OTHER)
+    assert len(files(folder)) == 3
+
+
+def test_what_is_being_forgotten_is_a_miss_at_once(
+    open_tier: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier()
+    fill(tier, KEYS[:8])
+    listing, names = threading.Event(), tier._folder.names
+
+    def slow_names(**options: bool) -> list[str]:
+        listing.wait()
+        return names(**options)
+
+    monkeypatch.setattr(tier._folder, "names", slow_names)
+    done = tier.forget_tagged(KEYS[0][32:])
+    try:
+        assert present(tier) == [4, 5, 6, 7]
+        assert [tier.get(key) is None for key in KEYS[:5]] == [True] * 4 + [False]
+        assert not tier.put(KEYS[0], contents(KEYS[0])), "it might go with the old one"
+        assert tier.put(KEYS[8], contents(KEYS[8]))
+        assert not done.done()
+        assert not tier.flush(0), "nobody may take it for done"
+    finally:
+        listing.set()
+    assert done.result(30) == 4
+    assert tier.put(KEYS[0], contents(KEYS[0]))
+    assert tier.flush(30)
+    assert present(tier) == present(open_tier()) == [0, 4, 5, 6, 7, 8]
+
+
+def test_a_tag_is_forgotten_only_when_nothing_of_it_is_being_written(
+    open_tier: Open, gate: Gate, folder: Path
+) -> None:
+    """A kill as soon as it is told to be forgotten must find nothing."""
+    tier = open_tier(num_writers=1)
+    for key in (KEYS[0], KEYS[4]):
+        assert tier.put(key, contents(key))
+    assert gate.arrived.wait(30)
+    done = tier.forget_tagged(KEYS[0][32:])
+    with pytest.raises(TimeoutError):
+        done.result(0.2)
+    assert present(tier) == [4]
+    gate.open()
+    assert done.result(30) == 0
+    assert files(folder, f"{KEYS[0].hex()}*") == []
+    assert tier.flush(30)
+    assert present(open_tier()) == [4]
+
+
+def test_who_asked_to_forget_hears_that_a_file_is_still_there(
+    open_tier: Open, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tier = open_tier()
+    fill(tier, KEYS[:6])
+
+    def refuse(*args: object, **options: object) -> None:
+        raise OSError(errno.EROFS, "Read-only file system")
+
+    monkeypatch.setattr(os, "unlink", refuse)
+    with pytest.raises(OSError, match="4 blocks that were flushed can't be removed"):
+        tier.forget_tagged(KEYS[0][32:]).result(30)
+    assert present(tier) == [4, 5]
+    monkeypatch.setattr(os, "listdir", refuse)
+    with pytest.raises(OSError, match="Read-only"):
+        tier.forget_tagged(KEYS[4][32:]).result(30)
+
+
+KILLED_AFTER_A_FLUSH = """
+import os, signal, sys, time
+import numpy as np
+from engine.runtime.disk_tier import DiskTier
+from tests.runtime.disk_tier_writers import LAYOUT
+tier = DiskTier(sys.argv[1], 100 * LAYOUT.file_bytes, LAYOUT)
+for number in range(20):
+    tag = bytes([1 + number % 2]) * 8
+    tier.put(bytes([number]) * 32 + tag, np.ones(LAYOUT.shape, LAYOUT.dtype))
+time.sleep(float(sys.argv[2]))
+tier.forget_tagged(bytes([1]) * 8).result()
+os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("seconds", [0, 0.005, 0.02])
+def test_a_kill_right_after_a_flush_brings_nothing_back(folder: Path, seconds: float) -> None:
+    """Some blocks are queued, some half written and some files when they are flushed."""
+    command = [sys.executable, "-c", KILLED_AFTER_A_FLUSH, str(folder), str(seconds)]
+    process = subprocess.run(command, cwd=ROOT, check=False, timeout=100)
+    assert process.returncode == -signal.SIGKILL
+    tags = {path.name.split(".")[0][64:] for path in files(folder)}
+    assert tags <= {"02" * 8}
+    if seconds:
+        assert tags, "the others stay"
+
+
+class ErasedLater:
+    """A block in memory that can be erased."""
+
+    def __init__(self, array: np.ndarray):
+        self._array: np.ndarray | None = array
+        self.shape, self.dtype, self.nbytes = array.shape, array.dtype, array.nbytes
+
+    def erase(self) -> None:
+        self._array = None
+
+    def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+        if self._array is None:
+            raise RuntimeError("Array has been deleted")
+        return self._array
+
+
+def test_a_block_erased_while_it_waits_is_a_miss(open_tier: Open, gate: Gate) -> None:
+    tier = open_tier(num_writers=1)
+    block = ErasedLater(contents(KEYS[1]))
+    tier.put(KEYS[0], contents(KEYS[0]))  # which holds the writer up
+    tier.put(KEYS[1], block)
+    assert gate.arrived.wait(30)
+    assert same(tier.get(KEYS[1]), KEYS[1])
+    block.erase()
+    assert tier.get(KEYS[1]) is None
+    assert [len(tier.fetch([key]).result(30)) for key in KEYS[:2]] == [1, 0]
+    gate.open()
+    assert tier.flush(30)
+    assert present(tier) == present(open_tier()) == [0]
+    assert tier.writable
+    assert tier.counts().dropped == 1
+    assert tier.put(KEYS[1], contents(KEYS[1]))
 
 
 def test_a_file_that_can_not_be_removed_is_a_miss_all_the_same(
@@ -503,6 +650,28 @@ def test_an_expired_block_is_a_miss(open_tier: Open, folder: Path, gate: Gate) -
     assert tier.counts().misses == {Miss.EXPIRED: 1}
     assert same(tier.get(KEYS[1]), KEYS[1])
     assert len(files(folder)) == 1
+
+
+def test_expired_files_go_though_nobody_asks_for_them(
+    open_tier: Open, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of all layouts, when the folder is looked through; what can't be read is left there."""
+    for layout in (LAYOUT, OTHER):
+        tier = open_tier(layout=layout)
+        for number, seconds in enumerate((1000, 3000)):
+            tier.put(KEYS[number], contents(KEYS[number], layout), time.time() + seconds)
+        assert tier.flush(30)
+    (folder / "02").mkdir()
+    stranger = folder / "02" / f"{KEYS[2].hex()}.{'0' * 16}.blk"
+    stranger.write_bytes(b"short")
+    assert len(files(folder)) == 5
+    now = time.time()
+    monkeypatch.setattr(time, "time", lambda: now + 2000)
+    survey_now(tier := open_tier())
+    names = {path.name[:2] for path in files(folder)}
+    assert (len(files(folder)), names) == (3, {"01", "02"})
+    assert tier.counts().num_bytes == bytes_on_disk(folder)
+    assert present(tier) == [1]
 
 
 # Disks that fail
@@ -573,7 +742,7 @@ def test_a_vanished_folder_is_misses_and_drops(open_tier: Open, folder: Path) ->
     assert tier.flush(30)
     assert not tier.writable
     assert tier.forget(KEYS) == 0
-    assert tier.clear() == 0
+    assert tier.forget_tagged(None).result(30) == 0
 
 
 def test_emptying_the_folder_by_hand_costs_the_blocks_only(open_tier: Open, folder: Path) -> None:
@@ -767,7 +936,9 @@ def test_without_locks_only_old_temporary_files_are_removed(
 
 Operation = tuple[str, int]
 OPERATIONS = st.tuples(
-    st.sampled_from(["put", "get", "forget", "clear", "restart", "damage", "remove", "flush"]),
+    st.sampled_from(
+        ["put", "get", "forget", "tag", "clear", "restart", "damage", "remove", "flush"]
+    ),
     st.integers(0, 7),
 )
 
@@ -793,8 +964,12 @@ def test_any_history_gives_right_blocks_within_the_limit(
             tier.forget([key])
             wanted.discard(number)
             assert key not in tier
+        elif operation == "tag":  # which nobody waits for
+            tier.forget_tagged(key[32:])
+            wanted -= set(range(number // 4 * 4, number // 4 * 4 + 4))
+            assert set(present(tier)) <= wanted
         elif operation == "clear":
-            tier.clear()
+            tier.forget_tagged(None).result(30)
             wanted.clear()
             assert present(tier) == []
         elif operation == "restart":
@@ -806,7 +981,7 @@ def test_any_history_gives_right_blocks_within_the_limit(
             assert set(present(tier)) <= wanted
         elif tier.flush(30) and (paths := files(folder)):
             path = random.Random(step).choice(paths)
-            path.unlink() if operation == "remove" else path.write_bytes(bytes(220))
+            path.unlink() if operation == "remove" else path.write_bytes(bytes(228))
     assert tier.close(30)
 
 

@@ -4,6 +4,7 @@ output of a real model."""
 from __future__ import annotations
 
 import dataclasses
+import threading
 from pathlib import Path
 from typing import cast
 
@@ -13,7 +14,8 @@ import pytest
 
 from engine.aot.hlo import pool_copies
 from engine.config import BucketConfig, SchedulerConfig
-from engine.runtime.host_pool import AT_A_TIME, HostPool, as_read_later
+from engine.runtime.block_file import Miss, as_array
+from engine.runtime.host_pool import AT_A_TIME, HostPool
 from engine.types import Request, StepPlan, SwapIn, SwapOut
 from tests.engines import Result, SmallEngine, make_request, small_engine
 from tests.runtime.pools import BLOCKS, DTYPES, LAYERS, random_pool
@@ -58,7 +60,7 @@ def test_slots_in_pinned_memory_hold_the_same(num_devices: int) -> None:
     for (_, contents), block in zip(outgoing.finish(), (3, 4), strict=True):
         assert isinstance(contents, jax.Array)
         assert contents.sharding.memory_kind == "pinned_host"
-        assert np.asarray(as_read_later(contents)).tobytes() == by_layer[:, block].tobytes()
+        assert np.asarray(host.as_read_later(contents)).tobytes() == by_layer[:, block].tobytes()
         assert contents._npy_value is None  # type: ignore[missing-attribute]
     staged = host.stage(by_layer[:, 5].copy())
     assert isinstance(staged, jax.Array)
@@ -226,3 +228,34 @@ def test_a_prefix_that_was_evicted_is_a_hit_in_the_host_tier(tiny_model: Path) -
         engine(tiny_model, 0).run([first, *others, again], limits=bare)["again"].num_cached_tokens
         < 96
     )
+
+
+@pytest.mark.parametrize("num_devices", [1, 2])
+@pytest.mark.parametrize("memory_kind", [None, "pinned_host"])
+def test_a_slot_is_erased_where_it_lies_though_a_disk_s_thread_has_read_it(
+    num_devices: int, memory_kind: str | None
+) -> None:
+    """A view of it would keep jax from writing there: what is read is a copy. What was not read by
+    then can't be."""
+    host, pool, on_device = make("bfloat16", num_devices, memory_kind)
+    [(_, contents)] = host.swap_out(on_device, [SwapOut(3, 7, b"a")]).finish()
+    assert isinstance(contents, jax.Array)
+    block = pool.reshape(LAYERS, BLOCKS, *pool.shape[1:])[:, 3].copy()
+    early, late = host.as_read_later(contents), host.as_read_later(contents)
+    read = np.asarray(early)
+    host.erase([7])
+    assert contents.is_deleted(), "its memory was given to the zeros"
+    assert read.tobytes() == block.tobytes()
+    assert isinstance(as_array(late), Miss)
+    assert late.shape == block.shape
+
+
+def test_a_slot_is_not_erased_while_it_is_being_read() -> None:
+    host, _, on_device = make("float32", 1, None)
+    host.swap_out(on_device, [SwapOut(3, 7, b"a")]).finish()
+    with host._reading:
+        eraser = threading.Thread(target=host.erase, args=([7],))
+        eraser.start()
+        eraser.join(0.05)
+        assert eraser.is_alive()
+    eraser.join()

@@ -9,7 +9,8 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, cast
 
 import numpy as np
 import pytest
@@ -20,12 +21,14 @@ from engine.runtime.block_file import BlockLayout
 from engine.runtime.disk_tier import DiskTier
 from engine.runtime.loop import EngineLoop
 from engine.runtime.replay import replay
-from engine.types import FinishReason, Fork, Request
+from engine.runtime.runner import Launched
+from engine.types import Domain, FinishReason, Fork, Request, StepPlan, SwapOut
 from tests.engines import Result, SmallEngine, make_request, small_engine
 from tests.runtime.fake_runner import Listener
 from tests.runtime.tiny import random_ids
 
 HOST_BLOCKS = 100
+ALICE, BOB = Domain("alice"), Domain("bob")
 MAX_BYTES = 2**26
 
 
@@ -228,7 +231,7 @@ def test_blocks_of_another_model_are_misses(engine: SmallEngine, tmp_path: Path)
 @pytest.fixture
 def held(engine: SmallEngine, tmp_path: Path) -> Any:
     """A loop on a warm folder, whose reads wait: loop, listener, disk, the request, its tokens."""
-    request = make_request("a", random_ids(100), 8)
+    request = make_request("a", random_ids(100), 8, domain=ALICE)
     expected = warm_up(engine, tmp_path / "blocks", request).token_ids
     disk = Gate(tmp_path / "blocks", layout_of(engine))
     loop, listener = start(engine, disk)
@@ -246,7 +249,7 @@ def test_who_waits_for_a_disk_holds_nobody_back(held: Any) -> None:
     loop, listener, disk, request, expected = held
     loop.submit(request)
     until(lambda: disk.asked)
-    assert loop.gauges[:2] == (0, 1)
+    until(lambda: loop.gauges[:2] == (0, 1))  # it leaves the inbox only now
     (other,) = run(loop, listener, [make_request("b", random_ids(40, seed=9), 4)])
     assert other.finish_reason is FinishReason.LENGTH
     assert listener.results["a"].finish_reason is None
@@ -313,15 +316,140 @@ def test_a_second_request_of_the_same_name_is_the_one_refused(held: Any) -> None
     assert listener.results["a"].token_ids == expected
 
 
-def test_blocks_that_were_forgotten_while_they_were_read_are_dropped(held: Any) -> None:
+@pytest.mark.parametrize(("flushed", "cached"), [(BOB, 96), (ALICE, 0), (None, 0)])
+def test_a_flush_drops_what_is_being_read_of_its_domain(
+    held: Any, flushed: Domain | None, cached: int
+) -> None:
     loop, listener, disk, request, expected = held
     loop.submit(request)
     until(lambda: disk.asked)
-    (keys,) = disk.asked
-    loop.tiers.forget({keys[4]})
+    # Of what was asked for, all that is read is what was there before.
+    found = [disk.get(key) for key in disk.asked[0]]
+    disk.get = dict(zip(disk.asked[0], found, strict=True)).__getitem__
+    loop.flush(flushed).result(30)
     disk.gate.set()
     (result,) = listener.until_ended("a")
-    assert (result.num_cached_tokens, result.token_ids) == (64, expected)
+    assert (result.num_cached_tokens, result.token_ids) == (cached, expected)
+
+
+def domains_run(
+    engine: SmallEngine, folder: Path, requests: Sequence[Request], *flushed: Domain | None
+) -> list[int]:
+    """How many prompt tokens of each request are found by an engine on a folder, which forgets
+    those domains and is closed."""
+    disk = DiskTier(folder, MAX_BYTES, layout_of(engine))
+    loop, listener = start(engine, disk)
+    found = [one.num_cached_tokens for one in run(loop, listener, requests)]
+    for domain in flushed:
+        loop.flush(domain).result(30)
+    loop.close()
+    assert disk.close(30)
+    return found
+
+
+def test_a_flush_leaves_the_other_domains_on_disk(engine: SmallEngine, tmp_path: Path) -> None:
+    """What was written by earlier engines is forgotten too, and what lies in memory."""
+    folder = tmp_path / "blocks"
+    prompt = random_ids(100)
+    alice, bob, salted = (
+        make_request(domain.salt or domain.tenant, prompt, 2, domain=domain)
+        for domain in (ALICE, BOB, Domain("alice", "salt"))
+    )
+    everyone = (alice, bob, salted)
+    assert domains_run(engine, folder, everyone) == [0, 0, 0]
+    assert domains_run(engine, folder, everyone) == [96, 96, 96], "the control"
+    assert domains_run(engine, folder, (), ALICE) == []
+    assert domains_run(engine, folder, everyone, ALICE) == [0, 96, 96]
+    assert domains_run(engine, folder, everyone, None) == [0, 96, 96]
+    assert domains_run(engine, folder, everyone) == [0, 0, 0]
+
+
+def test_what_went_out_with_a_step_before_a_flush_is_not_written_after_it(
+    engine: SmallEngine, tmp_path: Path
+) -> None:
+    """A step is on its way, with blocks of two domains, when one of them is flushed."""
+    disk = DiskTier(tmp_path / "blocks", MAX_BYTES, layout_of(engine))
+    assert engine.runner.host is not None
+    own = tiers.Tiers(disk, engine.runner.host, engine.limits, lambda: None, lambda: 0.0)
+    blocks = [np.zeros(disk.layout.shape, disk.layout.dtype)] * 3
+    key = [bytes([number]) * 32 for number in range(3)]
+    swaps = [SwapOut(0, n, key[n], 0, domain) for n, domain in enumerate((ALICE, BOB, None))]
+
+    def keep(step: int) -> list[bool]:
+        outgoing = SimpleNamespace(finish=lambda: list(zip(swaps, blocks, strict=True)))
+        own.keep(cast(Launched, SimpleNamespace(plan=StepPlan(step, ()), outgoing=outgoing)))
+        assert disk.flush(30)
+        tags = map(tiers.tag_of, (ALICE, BOB, None))
+        return [key[n] + tag in disk for n, tag in enumerate(tags)]
+
+    assert own.flush(ALICE, 7).result(30) == 0
+    assert keep(6) == [False, True, True]
+    assert own.flush(None, 8).result(30) == 1
+    assert keep(7) == [False, False, True]
+    assert keep(8) == [True, True, True]
+    assert disk.close(30)
+
+
+def test_blocks_that_only_one_request_could_find_are_not_written(
+    engine: SmallEngine, tmp_path: Path
+) -> None:
+    folder = tmp_path / "blocks"
+    requests = [
+        make_request(f"r{n}", random_ids(100, seed=n), 2, is_private=True) for n in range(3)
+    ]
+    disk = DiskTier(folder, MAX_BYTES, layout_of(engine))
+    loop, listener = start(engine, disk, num_blocks=11)
+    run(loop, listener, requests)
+    assert loop.totals.swapped_out_blocks == 0, "they went to the host tier"
+    loop.close()
+    assert disk.close(30)
+    assert list(folder.rglob("*.blk")) == []
+
+
+def test_what_has_expired_is_not_found_after_a_restart(engine: SmallEngine, tmp_path: Path) -> None:
+    folder = tmp_path / "blocks"
+    prompts = [random_ids(100, seed=number) for number in range(2)]
+    short, long = (
+        make_request(f"r{time_to_live}", prompt, 2, cache_ttl=time_to_live)
+        for prompt, time_to_live in zip(prompts, (1_000_000, 3_000_000), strict=True)
+    )
+    assert domains_run(engine, folder, (short, long)) == [0, 0]
+    written = list(folder.rglob("*.blk"))
+    assert len(written) >= 12
+    now = time.time()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(time, "time", lambda: now + 2000)
+        assert domains_run(engine, folder, (short, long)) == [0, 96]
+
+
+def test_a_flush_that_nobody_waits_for_any_more_costs_nothing(
+    held: Any, caplog: pytest.LogCaptureFixture
+) -> None:
+    loop, listener, _, _, _ = held
+    entered, leave = threading.Event(), threading.Event()
+    loop.look(lambda _: (entered.set(), leave.wait()))
+    assert entered.wait(30)
+    flushed = loop.flush(ALICE)
+    assert flushed.cancel()
+    leave.set()
+    (other,) = run(loop, listener, [make_request("b", random_ids(40, seed=9), 4)])
+    assert other.finish_reason is FinishReason.LENGTH
+    assert loop.is_alive
+    assert loop.flush(BOB).result(30) == 0  # the disk answers in order
+    assert caplog.records == []
+
+
+def test_who_flushes_hears_that_the_disk_failed(held: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    loop, _, disk, _, _ = held
+
+    def refuse(name: str) -> bool:
+        raise OSError("read-only")
+
+    monkeypatch.setattr(disk._folder, "remove", refuse)
+    with pytest.raises(OSError, match="can't be removed"):
+        loop.flush(ALICE).result(30)
+    assert loop.flush(BOB).result(30) == 0
+    assert loop.is_alive
 
 
 def test_a_read_that_takes_longer_than_computing_is_not_begun(
