@@ -110,7 +110,7 @@ def test_what_decides_a_block_s_bytes_is_in_its_file_s_identity(tmp_path: Path) 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"cache.disk_size": 8000}, r"cache.disk_size is 8000 bytes, but .* one block takes 8316"),
+        ({"cache.disk_size": 8000}, r"cache.disk_size is 8000 bytes, but .* one block takes 8324"),
         ({"cache.disk_path": "a.yaml"}, r"cache.disk_path: .*a.yaml can't be used"),
     ],
 )
