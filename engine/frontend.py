@@ -8,7 +8,6 @@ nothing. ``LLM`` and the gRPC service are both built on this.
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import functools
 import itertools
 import os
@@ -276,37 +275,19 @@ class Engine:
         """Who holds which block between two steps, and what was done by then.
 
         Raises:
-          EngineStopped: the step loop has ended. If it ends now, this waits for ever.
+          EngineStopped: the step loop has ended.
         """
-        if not self.is_alive:
-            raise EngineStopped("the engine is closed, or failed; its log says why")
-        event_loop = asyncio.get_running_loop()
-        found: asyncio.Future[Frame] = event_loop.create_future()
 
-        def settle(moment: Frame | Exception) -> None:
-            if found.done():
-                return  # nobody waits any more
-            if isinstance(moment, Exception):
-                found.set_exception(moment)
-            else:
-                found.set_result(moment)
-
-        def look(state: SchedulerState) -> None:
+        def look(state: SchedulerState) -> Frame:
             totals = self._loop.totals
-            try:
-                moment = Frame(
-                    take_picture(state),
-                    time.monotonic() - self._started,
-                    totals.generated_tokens,
-                    totals.preemptions,
-                )
-            except Exception as error:  # it must not end the step loop
-                moment = error
-            with contextlib.suppress(RuntimeError):  # the event loop is closed
-                event_loop.call_soon_threadsafe(settle, moment)
+            return Frame(
+                take_picture(state),
+                time.monotonic() - self._started,
+                totals.generated_tokens,
+                totals.preemptions,
+            )
 
-        self._loop.look(look)
-        return await found
+        return await asyncio.wrap_future(self._loop.look(look))
 
     def watch_steps(self, on_step: Callable[[StepRecord], None] | None) -> None:
         """Have each step's figures passed to a function, on the step loop's thread."""

@@ -315,7 +315,8 @@ class Waited(NamedTuple):
     Attributes:
       seconds: all of it, from when the step loop took the request.
       held: what held the head of the queue back meanwhile, be it this sequence or one before it:
-        by reason (`engine.core.core.Holding`), the longest first.
+        by reason (`engine.core.core.Holding`), the longest first; "disk" is this one's alone, the
+        wait for blocks before it joined the queue.
     """
 
     seconds: float

@@ -15,6 +15,8 @@ os.environ.setdefault("NPROC", "16")
 import jax
 import pytest
 
+from tests import compile_cache
+
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
@@ -63,8 +65,10 @@ MOST_MAPPINGS = 20_000
 
 
 @pytest.fixture(autouse=True, scope="module")
-def _give_programs_back() -> Iterator[None]:
-    """Forget compiled programs after a file of tests, once there are many."""
+def _programs() -> Iterator[None]:
+    """Keep compiled programs on disk, and forget those in memory after a file of tests, once there
+    are many."""
+    compile_cache.use()
     yield
     mappings = Path("/proc/self/maps")
     if mappings.exists() and len(mappings.read_text().splitlines()) > MOST_MAPPINGS:

@@ -36,7 +36,15 @@ from engine.model.decoder import Decoder, abstract_decoder
 from engine.runtime.mesh import make_mesh, weight_shardings
 from engine.runtime.runner import Launched, Runner, RunnerShape
 from engine.sampling import SamplingParams
-from engine.types import BeamScore, FinishReason, Request, StepOutput, StepPlan, TokenLogprobs
+from engine.types import (
+    BeamScore,
+    FinishReason,
+    Request,
+    StepOutput,
+    StepPlan,
+    TokenLogprobs,
+    Waited,
+)
 from engine.weights import Checkpoint, load_params, open_checkpoint, with_kv_copies
 from engine.weights.kv_scales import read_scales
 
@@ -54,6 +62,7 @@ class Result:
     logprobs: tuple[TokenLogprobs, ...] = ()
     prompt_logprobs: tuple[TokenLogprobs, ...] = ()
     beam: BeamScore | None = None
+    waited: Waited | None = dataclasses.field(default=None, compare=False)  # depends on time
 
     def add(self, output: StepOutput) -> None:
         """Take in one step's news."""
@@ -64,6 +73,7 @@ class Result:
         self.logprobs += output.logprobs
         self.prompt_logprobs += output.prompt_logprobs
         self.beam = output.beam
+        self.waited = output.waited or self.waited
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,15 +24,17 @@ from engine.core.scheduler import SchedulerState
 from engine.runtime.clocks import CacheClock, Deadlines
 from engine.runtime.disk_tier import DiskTier
 from engine.runtime.figures import StepRecord, Totals
-from engine.runtime.inbox import Abort, Event, Flush, Look, Wake
+from engine.runtime.inbox import Abort, Event, Flush, Look, Wake, answer, look
 from engine.runtime.recorder import Recorder
 from engine.runtime.runner import Launched, Runner
-from engine.runtime.tiers import Arrival, Tiers, answer
+from engine.runtime.tiers import Arrival, Tiers
 from engine.runtime.waits import Waits
 from engine.sampling import InvalidRequest
 from engine.types import Domain, FinishReason, QueueFull, Request, StepOutput, StepPlan
 
 log = logging.getLogger(__name__)
+
+STOPPED = "the engine is closed, or failed; its log says why"
 
 
 class EngineStopped(RuntimeError):
@@ -135,7 +137,7 @@ class EngineLoop:
         """
         with self._entry:
             if self._closing:
-                raise EngineStopped("the engine is closed, or failed; its log says why")
+                raise EngineStopped(STOPPED)
             num_sequences = len(request.names)
             if num_sequences > self.limits.max_waiting:
                 raise InvalidRequest(
@@ -162,21 +164,27 @@ class EngineLoop:
           How many cached blocks were given up; or EngineStopped.
         """
         done: Future[int] = Future()
-        with self._entry:
-            if self._closing:
-                done.set_exception(EngineStopped("the engine is closed, or failed"))
-            else:
-                self._inbox.put(Flush(domain, done))
+        self._put(Flush(domain, done))
         return done
 
-    def look(self, at: Callable[[SchedulerState], None]) -> None:
+    def look[T](self, at: Callable[[SchedulerState], T]) -> Future[T]:
         """Have the state between two steps passed to a function, on the loop's thread.
 
-        The function must be quick, must not raise, and must not keep or consume the state. It is
-        not called any more once the loop ends.
+        The function must be quick, and must not keep or consume the state.
+
+        Returns:
+          What it returns or raises; or EngineStopped.
         """
-        if not self._closing:
-            self._inbox.put(Look(at))
+        done: Future[T] = Future()
+        self._put(Look(at, done))
+        return done
+
+    def _put(self, event: Flush | Look) -> None:
+        with self._entry:
+            if not self._closing:
+                self._inbox.put(event)
+                return
+        event.done.set_exception(EngineStopped(STOPPED))
 
     def close(self) -> None:
         """Abort what is left and stop. Safe to call twice."""
@@ -343,7 +351,7 @@ class EngineLoop:
             elif isinstance(event, Flush):
                 self._flush(event)
             elif isinstance(event, Look):
-                event.at(self._state)
+                look(self._state, event)
             elif isinstance(event, Request):
                 self._admit_all(self.tiers.release(*event.names), news)  # they were here first
                 if not self.tiers.hold(self._state, event):
@@ -368,7 +376,7 @@ class EngineLoop:
             news.append(Rejected(request.request_id, error))
             return
         self._live.update(dict.fromkeys(request.replies, request))
-        self._waits.arrived(request.replies, time.perf_counter())
+        self._waits.arrived(request.replies, time.perf_counter(), on_disk=arrival.seconds)
         self._record(lambda recorder: recorder.admit(request))
         if arrival.blocks:
             first, count = arrival.first, len(arrival.blocks)
@@ -391,8 +399,8 @@ class EngineLoop:
         events = self._taken + [arrival.request for arrival in self.tiers.release()]
         events += [self._inbox.get() for _ in range(self._inbox.qsize())]
         for event in events:
-            if isinstance(event, Flush):
-                answer(event.done, EngineStopped("the engine failed; its log says why"))
+            if isinstance(event, Flush | Look):
+                answer(event.done, EngineStopped(STOPPED))
         lost = {
             name: event for event in events if isinstance(event, Request) for name in event.replies
         }

@@ -9,14 +9,13 @@ All but `DiskTier`'s own threads' part runs on the step loop's thread.
 
 from __future__ import annotations
 
-import contextlib
 import hashlib
 import itertools
 import logging
 import struct
 import time
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import Future
 from typing import NamedTuple
 
 import jax
@@ -48,11 +47,13 @@ _ASSUMED_BYTES_PER_SECOND = 10**9  # of reading, until it was measured
 
 
 class Arrival(NamedTuple):
-    """A request that waits no longer, and the blocks of its prompt, from `first` on, that came."""
+    """A request that waits no longer, and the blocks of its prompt, from `first` on, that came;
+    it was held for so many seconds."""
 
     request: Request
     first: int = 0
     blocks: Sequence[Contents] = ()
+    seconds: float = 0.0
 
 
 class _Held:
@@ -272,7 +273,7 @@ class Tiers:
         if blocks:
             nanoseconds = int(held.seconds * 1e9) // len(held.keys)
             self._read_ns += (nanoseconds - self._read_ns) // 4
-        return Arrival(held.request, held.first, blocks)
+        return Arrival(held.request, held.first, blocks, time.monotonic() - held.since)
 
     def _take(self, held: _Held, future: Future[list[np.ndarray]]) -> None:
         """On a reader's thread, or on whose cancelled it."""
@@ -356,12 +357,3 @@ def tag_of(domain: Domain | None) -> bytes:
         digest.update(struct.pack("<Q", len(encoded)))
         digest.update(encoded)
     return digest.digest()[:TAG_BYTES]
-
-
-def answer(done: Future[int], outcome: int | BaseException) -> None:
-    """Settle a future that somebody else may have settled, or given up, meanwhile."""
-    with contextlib.suppress(InvalidStateError):
-        if isinstance(outcome, BaseException):
-            done.set_exception(outcome)
-        else:
-            done.set_result(outcome)

@@ -21,12 +21,12 @@ class Waits:
         self._last = 0.0  # the last time that was told
         self._sequences: dict[str, _Wait] = {}
 
-    def arrived(self, names: Iterable[str], now: float) -> None:
-        """The sequences of a request joined the queue."""
+    def arrived(self, names: Iterable[str], now: float, on_disk: float = 0.0) -> None:
+        """The sequences of a request joined the queue, after a wait for blocks on disk."""
         self._advance(now)
         group: list[_Wait] = []
         for name in names:
-            self._sequences[name] = _Wait(group, now, self._sums)
+            self._sequences[name] = _Wait(group, now, self._sums, on_disk)
             group.append(self._sequences[name])
 
     def planned(self, plan: StepPlan, holding: Holding | None, now: float) -> None:
@@ -94,12 +94,12 @@ class _Wait:
 
     __slots__ = ("_group", "_held", "_seconds", "_then", "has_run", "is_news", "since")
 
-    def __init__(self, group: list[_Wait], now: float, sums: dict[Holding, Held]):
+    def __init__(self, group: list[_Wait], now: float, sums: dict[Holding, Held], on_disk: float):
         self._group = group
         self.since: float | None = None
         self.has_run = self.is_news = False
-        self._seconds = 0.0
-        self._held: dict[Holding, Held] = {}
+        self._seconds = on_disk
+        self._held: dict[str, Held] = {"disk": Held(0, on_disk)} if on_disk else {}
         self.join(now, sums)
 
     def bound(self) -> list[_Wait]:
@@ -125,4 +125,4 @@ class _Wait:
 
     def waited(self) -> Waited:
         ordered = sorted(self._held.items(), key=lambda item: -item[1].seconds)
-        return Waited(self._seconds, {str(reason): held for reason, held in ordered})
+        return Waited(self._seconds, dict(ordered))

@@ -12,6 +12,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from engine import config_file
 from engine.frontend import Engine
+from tests import compile_cache
 
 VOCAB_SIZE = 128
 
@@ -32,7 +33,7 @@ buckets:
   decode_seqs: [4]
   prefill_tokens: [32]
   prefill_seqs: [4]
-compile_cache: ""
+compile_cache: %s
 """
 
 
@@ -48,7 +49,7 @@ def tiny_config(tiny_models: Path, tmp_path_factory: pytest.TempPathFactory) -> 
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.save(str(folder / "model" / "tokenizer.json"))
     path = folder / "tiny.yaml"
-    path.write_text(CONFIG)
+    path.write_text(CONFIG % compile_cache.FOLDER)
     return path
 
 

@@ -21,6 +21,7 @@ from engine.config_file import from_tree
 from engine.frontend import Engine
 from engine.sampling import SamplingParams
 from engine.types import BeamScore, Domain, FinishReason, Fork, Request, TokenLogprobs
+from tests import compile_cache
 from tests.conftest import DATA
 from tests.engines import Result, make_request, small_engine
 
@@ -169,7 +170,7 @@ def engine(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Engine]:
                     "prefill_tokens": [32],
                     "prefill_seqs": [4],
                 },
-                "compile_cache": "",
+                "compile_cache": str(compile_cache.FOLDER),
             }
         )
     )

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -512,20 +512,35 @@ def test_who_looks_sees_a_state_between_two_steps(
     runner: FakeRunner, running: tuple[EngineLoop, Listener]
 ) -> None:
     engine_loop, listener = running
-    seen: queue.SimpleQueue[tuple[str, bool]] = queue.SimpleQueue()
 
-    def look() -> None:
-        engine_loop.look(lambda state: seen.put((threading.current_thread().name, "a" in state)))
+    def look() -> Future[tuple[str, bool]]:
+        return engine_loop.look(lambda state: (threading.current_thread().name, "a" in state))
 
-    look()  # which wakes an idle loop
-    assert seen.get(timeout=10) == ("octavo-loop", False)
+    assert look().result(10) == ("octavo-loop", False)  # which wakes an idle loop
     runner.gate.clear()
     engine_loop.submit(make_request("a", range(5), FOREVER))
-    look()
+    seen = look()
     runner.gate.set()
-    assert seen.get(timeout=10) == ("octavo-loop", True)
+    assert seen.result(10) == ("octavo-loop", True)
+    with pytest.raises(KeyError, match="nobody"):
+        engine_loop.look(lambda state: state.core.sequences["nobody"]).result(10)
     engine_loop.abort("a")
     listener.until_ended("a")
     engine_loop.close()
-    look()
-    assert seen.empty()
+    with pytest.raises(EngineStopped):
+        look().result(10)
+
+
+def test_who_looks_at_a_loop_that_fails_is_told(
+    running: tuple[EngineLoop, Listener], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine_loop, _ = running
+    entered, leave = threading.Event(), threading.Event()
+    first = engine_loop.look(lambda _: (entered.set(), leave.wait()))
+    assert entered.wait(10)
+    monkeypatch.setattr(engine_loop, "_apply", None)  # not callable: the loop's own fault
+    waiting = engine_loop.look(lambda state: state.num_running)
+    leave.set()
+    assert first.result(10)
+    with pytest.raises(EngineStopped):
+        waiting.result(10)

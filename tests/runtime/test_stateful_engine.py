@@ -88,7 +88,7 @@ class Life:
     `preempt_at` says, by request, after how many of its samples.
     """
 
-    def __init__(self, engine: SmallEngine, folder: Path, **limits: int):
+    def __init__(self, engine: SmallEngine, folder: Path, **limits: Any):
         self.engine = engine
         self.preempt_at: dict[str, int] = {}
         self.preempted: set[str] = set()  # so, or by the scheduler itself

@@ -130,7 +130,6 @@ def test_preempted_swapped_and_disk_restored_sequences_give_what_each_gives_alon
         preempted.update(plan.preempted)
         return launch(plan, batch)
 
-    names: set[str] = set()
     for life in range(3):
         requests = [
             dataclasses.replace(conversation(number, seed), request_id=f"{life}/{number}")
@@ -140,7 +139,6 @@ def test_preempted_swapped_and_disk_restored_sequences_give_what_each_gives_alon
             make_request(f"{life}/again{n}", text[:100], 50, seed=n, temperature=0.7)
             for n, text in enumerate(said[-3:])
         ]
-        names.update(request.request_id for request in requests)
         for request in requests:
             alone[request.request_id] = engine.run_one(request)
         disk = DiskTier(tmp_path / "blocks", MAX_BYTES, layout_of(engine))
@@ -165,7 +163,9 @@ def test_preempted_swapped_and_disk_restored_sequences_give_what_each_gives_alon
         totals["out"] += loop.totals.swapped_out_blocks
         totals["restored"] += loop.tiers.num_restored
         assert replay(tmp_path / f"log{life}").requests == len(requests)
-    assert len(preempted) >= len(names) // 2
+    assert (
+        len(preempted) >= 5
+    )  # how many depends on when they arrive; `test_stateful_engine` has all
     assert min(totals.values()) > 5, totals
 
 
@@ -255,6 +255,8 @@ def test_who_waits_for_a_disk_holds_nobody_back(held: Any) -> None:
     assert listener.results["a"].finish_reason is None
     disk.gate.set()  # nothing runs, so this must wake the loop
     (result,) = listener.until_ended("a")
+    assert result.waited is not None
+    assert 0 < result.waited.held["disk"].seconds <= result.waited.seconds
     assert (result.num_cached_tokens, result.token_ids) == (96, expected)
 
 

@@ -55,6 +55,14 @@ def test_a_request_that_starts_with_the_next_step_waited_for_that_alone() -> Non
     assert timed.step(5.0) == {}, "it was told before"
 
 
+def test_the_wait_for_a_disk_counts_though_the_queue_was_joined_after_it() -> None:
+    timed = Timed()
+    timed.driver.admit(make_request("a", 4))
+    timed.waits.arrived(["a"], 0.0, on_disk=3.0)
+    timed.now = 2.0
+    assert timed.step(5.0) == {"a": Waited(5.0, {"disk": Held(0, 3.0)})}
+
+
 def test_those_behind_wait_for_what_holds_the_head() -> None:
     timed = Timed(max_num_seqs=1)
     timed.admit("a", 4, max_tokens=3)

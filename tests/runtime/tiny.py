@@ -25,6 +25,7 @@ from engine.model.attention import Attention
 from engine.model.decoder import Decoder, Weight, abstract_decoder
 from engine.runtime.mesh import make_mesh, weight_shardings
 from engine.runtime.runner import Runner, RunnerShape
+from tests import compile_cache
 from tests.weights.checkpoints import LLAMA, write_folder
 
 BOS, EOS, TURN, TURN_END = 256, 257, 258, 259
@@ -130,7 +131,7 @@ def config_tree(model: Path, **changes: Any) -> dict[str, Any]:
         "cache": {"num_blocks": 64},
         "scheduler": {"max_num_seqs": 8, "max_step_tokens": 64, "max_waiting": 64},
         "buckets": {"decode_seqs": [8], "prefill_tokens": [64], "prefill_seqs": [8]},
-        "compile_cache": "",
+        "compile_cache": str(compile_cache.FOLDER),
     }
     for name, value in changes.items():
         *parents, leaf = name.split(".")
