@@ -11,10 +11,7 @@ Hypothesis and a seeded random driver both use `Simulation`; see `test_stateful`
 
 from __future__ import annotations
 
-import dataclasses
-import itertools
-from collections import Counter, deque
-from collections.abc import Sequence
+from collections import deque
 from typing import TYPE_CHECKING
 
 from engine.core import restoring, scheduler, upkeep
@@ -25,75 +22,43 @@ from engine.sampling import InvalidRequest
 from engine.types import (
     Domain,
     FinishReason,
-    PlanRow,
     QueueFull,
     Request,
     StepOutput,
     StepPlan,
-    StepTokens,
     TokenLogprobs,
 )
+from tests.core.fake_device import FakeDevice, InFlight
 from tests.core.oracle import TIMES_TO_LIVE, Gang, History, Record, logprob_at, plain
+from tests.core.plan_checks import check_plan
 
 if TYPE_CHECKING:
     from engine.runtime.recorder import Recorder
 
 
-@dataclasses.dataclass
-class Slot:
-    """A row of the device's per-sequence state."""
-
-    last_token: int
-    output: list[int]
-
-
-@dataclasses.dataclass(frozen=True)
-class InFlight:
-    """A step that was launched and not committed yet."""
-
-    plan: StepPlan
-    tokens: StepTokens
-    records: tuple[Record, ...]
-    attempts: tuple[int, ...]  # of each row's beam search
-    as_planned: Sequence[object]
-
-    def counts_for(self, index: int) -> bool:
-        """Whether a row is of a request that is there, and has not started over as beams do."""
-        record = self.records[index]
-        return record.is_live and (
-            record.gang is None or record.gang.attempt == self.attempts[index]
-        )
-
-
-class Simulation:
+class Simulation(FakeDevice):
     """A scheduler, its fake device, and everything that must hold between them.
 
     `counts` says what happened, so that a test can show that its cases came up.
     """
 
     def __init__(self, limits: Limits, max_in_flight: int = 2, recorder: Recorder | None = None):
-        self.limits = limits
+        super().__init__(limits)
         self.max_in_flight = max_in_flight
         self.recorder = recorder
         self.state = SchedulerState.initial(limits)
-        self.records: dict[str, Record] = {}  # those that have not ended
         self.in_flight: deque[InFlight] = deque()
-        self.counts: Counter[str] = Counter()
         self.transcripts: deque[tuple[int, ...]] = deque(maxlen=6)  # of those that finished
         self.aborted: deque[Request] = deque(maxlen=1)
         self._roots: dict[Domain, History] = {}
         self._num_arrivals = 0
-        # All that ever went to the host tier, until when it may stay (0: without limit), and whose
-        # it is.
-        self.disk: dict[bytes, tuple[list[History | None], int, Domain | None]] = {}
         self._held: list[list[int]] = []  # the running sequences' blocks after the last operation
         self._cached: set[int] = set()
         self._unlaunched: StepPlan | None = None
         self.now = 0  # milliseconds
-        self.public: tuple[int, ...] = ()  # the text that every domain shares,
-        self._pinned: Request | None = None  # and the request that it was computed for
+        self._pinned: Request | None = None  # that computed the public text
         self._left_at: dict[int, int] = {}  # when the last owner of a cached block left it
-        self._wipe()
+        self._named: set[int] = set()
 
     # Operations.
 
@@ -117,7 +82,7 @@ class Simulation:
         for name, record in self.records.items():
             if not record.request.is_public and domain in (None, record.request.domain):
                 record.leaves_nothing = True
-                self._condemn(self._tables().get(name, []))
+                self.condemn(self._tables().get(name, []))
         if self.recorder:
             self.recorder.flush(domain)
         self._assert_consumed(old)
@@ -193,8 +158,8 @@ class Simulation:
         if record.request.sampling.prompt_logprobs is not None or record.request.is_private:
             full = 0
         ends = range((first + 1) * size, (full + 1) * size, size)
-        assert list(keys) == [self._key(record.history(end)) for end in ends]
-        assert num_public == sum(self._is_public(record.history(end)) for end in ends)
+        assert list(keys) == [self.key_of(record.history(end)) for end in ends]
+        assert num_public == sum(self.is_public(record.history(end)) for end in ends)
         found: list[list[History | None]] = []
         for index, key in enumerate(keys[:most]):
             contents, expires, owner = self.disk.get(key, ([], 0, None))
@@ -249,14 +214,14 @@ class Simulation:
         self._assert_consumed(old)
         if self.recorder:
             self.recorder.schedule(plan)
-        self._check_plan(plan, before)
+        check_plan(self, plan, before)
         if not launch:
             self._unlaunched = plan
             return plan
         if plan.rows:
-            self.in_flight.append(self._launch(plan))
+            self.in_flight.append(self.launch(plan))
         else:
-            self._move(plan)
+            self.move(plan)
             moves = plan.erased_blocks or plan.erased_slots
             assert self.in_flight or not self.records or moves, "nothing can run"
             self.counts["empty plans"] += 1
@@ -324,7 +289,7 @@ class Simulation:
         for plan in plans:  # what was on its way to host memory may have arrived, or not
             for swap in plan.swap_outs:
                 contents = self.host.get(swap.slot)
-                if contents and contents[-1] and self._key(contents[-1]) == swap.key:
+                if contents and contents[-1] and self.key_of(contents[-1]) == swap.key:
                     self.host[swap.slot] = [None] * self.limits.block_size
         if (public := affected.get("public")) is not None:  # it is tried again
             del affected["public"]
@@ -350,7 +315,8 @@ class Simulation:
             self._pinned = None
         self.in_flight.clear()
         self._unlaunched = None
-        self._wipe()
+        self.wipe()
+        self._named = set()
         assert self.state.pool.free == self.limits.num_blocks, "a name outlived its contents"
         self._left_at.clear()
         self.counts["failed requests"] += len(ended)
@@ -424,311 +390,7 @@ class Simulation:
             self.counts["inherited"] += 1
         return record
 
-    # The device.
-
-    def _condemn(self, blocks: list[int]) -> None:
-        """What these hold must be gone when nobody uses it any more, unless it is public."""
-        for block in blocks:
-            for offset, history in enumerate(self.kv[block]):
-                if history is not None and not self._is_public(history):
-                    self._condemned.add((block, offset))
-
-    def _wipe(self) -> None:
-        shape = (self.limits.num_blocks, self.limits.block_size)
-        self.kv: list[list[History | None]] = [[None] * shape[1] for _ in range(shape[0])]
-        self.slots: dict[int, Slot] = {}
-        self.host: dict[int, list[History | None]] = getattr(self, "host", {})  # outlives it
-        self._named: set[int] = set()
-        # Places in the pool of which nothing may stay, as their request was private or flushed.
-        self._condemned: set[tuple[int, int]] = set()
-
-    def _launch(self, plan: StepPlan) -> InFlight:
-        """Run the plan: all reads see the state before the step, then all writes happen."""
-        records = tuple(self.records[row.request.request_id] for row in plan.rows)
-        self._move(plan)
-        writes: dict[tuple[int, int], History] = {}
-        sampled: list[int] = []
-        lasts: list[History] = []
-        condemned: set[tuple[int, int]] = set()
-        prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
-        logprobs: dict[int, TokenLogprobs] = {}
-        for index, (row, record) in enumerate(zip(plan.rows, records, strict=True)):
-            known = len(writes)
-            last = self._run_row(row, record, writes, lasts)
-            lasts.append(last)
-            if record.leaves_nothing:
-                condemned.update(
-                    place
-                    for place, history in itertools.islice(writes.items(), known, None)
-                    if record.request.is_private or not self._is_public(history)
-                )
-            sampling = row.request.sampling
-            if sampling.prompt_logprobs is not None:
-                stop = row.start + row.num_tokens
-                targets = range(row.start + 1, min(stop + 1, record.num_prompt))
-                prompt_logprobs[index] = tuple(logprob_at(record, target) for target in targets)
-            token = last.next_token(row.request.seed) if row.samples else -99
-            if row.samples and record.gang is not None:
-                top = sorted(enumerate(last.logprobs()), key=lambda entry: -entry[1])
-                top = top[: row.request.num_logprobs]
-                logprobs[index] = TokenLogprobs(token, top[0][1], tuple(top))
-            elif row.samples and sampling.logprobs is not None:
-                logprobs[index] = TokenLogprobs(token, -float(record.num_sampled), ())
-            sampled.append(token)
-        for (block, offset), history in writes.items():
-            self.kv[block][offset] = history
-        self._condemned -= writes.keys()
-        self._condemned |= condemned
-        for row, record, token in zip(plan.rows, records, sampled, strict=True):
-            if row.samples and record.gang is not None:
-                record.num_sampled += 1
-            elif row.samples:
-                slot = self.slots[row.slot]
-                slot.last_token = token
-                slot.output.append(token)
-                record.num_sampled += 1
-        tokens = StepTokens(tuple(sampled), logprobs, prompt_logprobs)
-        attempts = tuple(record.gang.attempt if record.gang else 0 for record in records)
-        self._check_beams(records, lasts)
-        return InFlight(plan, tokens, records, attempts, plain(plan))
-
-    def _check_beams(self, records: tuple[Record, ...], lasts: list[History]) -> None:
-        """The beams of a step are those of the search that runs alone."""
-        outputs: dict[int, list[tuple[int, ...]]] = {}
-        gangs: dict[int, Gang] = {}
-        for record, last in zip(records, lasts, strict=True):
-            if record.gang is not None and record.gang.first.num_committed:
-                gangs[id(record.gang)] = record.gang
-                tokens = tuple(node.token for node in last.path())[record.num_prompt :]
-                outputs.setdefault(id(record.gang), []).append(tokens)
-        for key, gang in gangs.items():
-            expected = gang.trace[gang.first.num_committed - 1]
-            assert sorted(outputs[key]) == sorted(expected), "the beams are not the likeliest ones"
-            self.counts["beam steps"] += 1
-
-    def _move(self, plan: StepPlan) -> None:
-        """Copies, erasures and swaps: all that is read is read before anything is written."""
-        copied = {copy.destination: list(self.kv[copy.source]) for copy in plan.block_copies}
-        incoming = {swap.block: list(self.host[swap.slot]) for swap in plan.swap_ins}
-        outgoing: dict[int, list[History | None]] = {}
-        for block, slot, key, expires, domain in plan.swap_outs:
-            last = self.kv[block][-1]
-            assert last is not None, "an unwritten block is swapped out"
-            assert key == self._key(last)
-            outgoing[slot] = list(self.kv[block])
-            assert domain == (None if self._is_public(last) else last.domain)
-            self.disk[key] = list(self.kv[block]), expires, domain
-        nothing: list[History | None] = [None] * self.limits.block_size
-        for slot in plan.erased_slots:
-            self.host[slot] = nothing.copy()
-        self.host |= outgoing
-        erased = {block: nothing.copy() for block in plan.erased_blocks}
-        assert len(erased) == len(plan.erased_blocks)
-        condemned = {
-            (copy.destination, offset)
-            for copy in plan.block_copies
-            for offset in range(self.limits.block_size)
-            if (copy.source, offset) in self._condemned
-        }
-        for block, contents in [*copied.items(), *erased.items(), *incoming.items()]:
-            self.kv[block] = contents
-            self._condemned -= {(block, offset) for offset in range(self.limits.block_size)}
-        self._condemned |= condemned
-        self.counts["swapped in"] += len(incoming)
-        self.counts["swapped out"] += len(outgoing)
-        self.counts["erased blocks"] += len(erased)
-        self.counts["erased slots"] += len(plan.erased_slots)
-
-    def _key(self, last: History) -> bytes:
-        return last.key(self.limits.block_size, self.limits.fingerprint, self.public)
-
-    def _is_same(self, here: History | None, own: History, full: History) -> bool:
-        """Whether a place holds what a sequence would have put there, be it by another domain
-        where the block that ends with `full` is public."""
-        if here is own:
-            return True
-        tokens = full.tokens
-        if here is None or tokens != self.public[: len(tokens)]:
-            return False
-        self.counts["public positions read"] += here.domain != own.domain
-        return here.tokens == own.tokens
-
-    def _run_row(
-        self,
-        row: PlanRow,
-        record: Record,
-        writes: dict[tuple[int, int], History],
-        lasts: list[History],
-    ) -> History:
-        """Check what the row reads, and say what it writes. Returns its last position, or, of
-        the positions that earlier rows returned, the one that it samples after."""
-        block_size = self.limits.block_size
-        start, stop = row.start, row.start + row.num_tokens
-        blocks = row.block_ids.tolist()
-        assert len(blocks) == -(-stop // block_size), "the block table doesn't cover the context"
-        if record.gang is not None and start >= record.num_prompt:
-            (token,) = row.token_ids
-            before = self.kv[blocks[(start - 1) // block_size]][(start - 1) % block_size]
-            assert before is not None
-            own = before.then(token).path()
-        else:
-            record.history(stop)
-            own = record.chain[1 : stop + 1]
-        is_parting = row.logits_of is not None
-        for position in range(0, 0 if is_parting else start, block_size):
-            here = self.kv[blocks[position // block_size]][: min(block_size, start - position)]
-            ours = own[position : position + len(here)]
-            if not all(self._is_same(*pair, ours[-1]) for pair in zip(here, ours, strict=True)):
-                raise AssertionError(f"a block holds something else than {record.request}")
-        if row.history is not None:
-            self.slots[row.slot] = Slot(-1, list(row.history))
-        tokens = row.token_ids or (self.slots[row.slot].last_token,) * row.num_tokens
-        assert len(tokens) == row.num_tokens
-        history = record.chain[0] if row.logits_of is None else lasts[row.logits_of]
-        if start and not is_parting:  # as attention would: what is there, not what ought to be
-            found = self.kv[blocks[(start - 1) // block_size]][(start - 1) % block_size]
-            assert found is not None
-            history = found if found.tokens != own[start - 1].tokens else own[start - 1]
-        for position, token in enumerate(tokens, start):
-            history = history.then(token)
-            place = blocks[position // block_size], position % block_size
-            assert place not in writes, "two rows write the same place"
-            writes[place] = history
-        assert history is own[-1], "the row's tokens aren't those of its sequence"
-        if row.samples and record.gang is not None:
-            assert row.output_position == record.num_sampled == stop - record.num_prompt
-        elif row.samples:
-            output = list(record.tokens(record.num_prompt, stop))
-            assert row.output_position == len(output) == record.num_sampled
-            assert self.slots[row.slot].output == output, (
-                "the slot's state is another's, or misses tokens"
-            )
-        return history
-
     # Checks.
-
-    def _check_plan(self, plan: StepPlan, before: dict) -> None:
-        """The policy: who is in the plan, in which order, with what. Advances the records."""
-        limits, rows = self.limits, plan.rows
-        assert plan.step == before["step"]
-        assert before["in_flight"] == [step.plan.step for step in self.in_flight]
-        assert len(rows) <= limits.max_num_seqs
-        assert sum(row.num_tokens for row in rows) == plan.num_tokens <= limits.max_step_tokens
-        assert len({row.request.request_id for row in rows}) == len(rows)
-        assert len({row.slot for row in rows}) == len(rows)
-        running = [entry["request_id"] for entry in before["running"]]
-        waiting = [entry["request_id"] for entry in before["waiting"]]
-        most = limits.max_preemptions
-        victims = [name for name in running[::-1] if self.records[name].num_preempted < most]
-        count = len(plan.preempted)
-        assert list(plan.preempted) == victims[:count], "not the lowest ranks were preempted"
-        kept = [name for name in running if name not in plan.preempted]
-        for request_id in plan.preempted:
-            record = self.records[request_id]
-            self.counts["preempted"] += 1
-            if record.gang is None:
-                record.lose_slot()
-                record.num_preempted += 1
-            elif record is record.gang.first:
-                record.gang.restart()
-                self.counts["gangs preempted"] += 1
-                assert not any(other.request.request_id in kept for other in record.gang.members)
-        must_decode = [name for name in kept if self.records[name].may_decode]
-        assert [row.request.request_id for row in rows[: len(must_decode)]] == must_decode, (
-            "the decodes are not first, in order and complete"
-        )
-        unfinished = [
-            name
-            for name in kept
-            if not (self.records[name].is_at_its_end or self.records[name].awaits_choice)
-        ]
-        continued = [row.request.request_id for row in rows if row.history is None]
-        assert sorted(continued) == sorted(unfinished), "a running sequence stands still"
-
-        parted = [row for row in rows if row.logits_of is not None]
-        assert list(rows[len(rows) - len(parted) :]) == parted
-        computing = rows[: len(rows) - len(parted)]
-        started = [row.request.request_id for row in computing if row.history is not None]
-        queue = [name for name in waiting if self.records[name].waits_alone]
-        assert started == queue[: len(started)], "a request overtook the head of the queue"
-        assert not (started and plan.preempted), "a request started in a step that preempted"
-        for index, row in enumerate(computing):
-            self._check_row(row, is_last=index == len(computing) - 1)
-        self._check_parting(computing, parted)
-
-        entries = self.state.snapshot()["running"]
-        assert isinstance(entries, list)
-        named = {row.request.request_id for row in parted}  # these share what is being written
-        owners = Counter(
-            block
-            for entry in entries
-            if entry["request_id"] not in named
-            for block in entry["blocks"]
-        )
-        self.counts["copies"] += len(plan.block_copies)
-        for copy in plan.block_copies:
-            assert owners[copy.destination] == 1, "a copy lies on a block that is another's"
-        for row in computing:
-            for index in range(row.start // limits.block_size, row.block_ids.size):
-                assert owners[int(row.block_ids[index])] == 1, "a shared block is written"
-
-    def _check_parting(self, computing: tuple[PlanRow, ...], parted: list[PlanRow]) -> None:
-        """All that wait for a prompt start where it ends, and compute nothing for it."""
-        by_record = {id(self.records[row.request.request_id]): row for row in computing}
-        expected = [
-            name
-            for name, record in self.records.items()
-            if not record.waits_alone
-            and record.gang is None
-            and (source := by_record.get(id(record.parent))) is not None
-            and source.samples
-        ]
-        assert sorted(row.request.request_id for row in parted) == sorted(expected)
-        for row in parted:
-            record = self.records[row.request.request_id]
-            assert record.parent is not None
-            assert row.logits_of is not None
-            source = computing[row.logits_of]
-            assert source.request.request_id == record.parent.request.request_id
-            assert row.request == record.request
-            assert not record.has_slot
-            assert (row.history, row.samples) == ((), True)
-            assert (row.start, row.num_tokens) == (record.num_prompt, 0)
-            record.part()
-            self.counts["parted"] += 1
-
-    def _check_row(self, row: PlanRow, *, is_last: bool) -> None:
-        record = self.records[row.request.request_id]
-        assert row.request == record.request
-        assert 0 <= row.slot < self.limits.max_num_seqs
-        assert not row.block_ids.flags.writeable
-        total = record.num_prompt + record.num_sampled
-        stop = row.start + row.num_tokens
-        if row.history is not None:
-            assert not record.has_slot, "a slot that is set was set again"
-            record.has_slot = True
-            generated = record.tokens(record.num_prompt, record.num_prompt + record.num_committed)
-            assert row.history == generated
-            assert record.num_committed == record.num_sampled, "it restarts without all tokens"
-            assert row.start % self.limits.block_size == 0
-            record.computed = row.start
-            if self.limits.merge_blocks:
-                assert row.start == 0, "a cached prefix can be observed"
-            if record.num_cached is None:
-                record.num_cached = row.start
-                if record.request.sampling.prompt_logprobs is not None:
-                    assert row.start == 0, "prompt positions without log-probabilities"
-            self.counts["hits" if row.start else "misses"] += 1
-            self.counts["resumed"] += record.num_sampled > 0
-        assert record.has_slot
-        assert row.start == record.computed
-        assert row.num_tokens >= 1
-        assert stop <= total < record.max_total
-        assert row.samples == (stop == total)
-        assert row.samples or is_last, "a chunk was cut although the step had room"
-        self.counts["chunks"] += not row.samples
-        self.counts["unknown tokens"] += not row.token_ids
-        record.computed = stop
 
     def _after(self, operation: str) -> None:
         """What must hold after every operation."""
@@ -756,7 +418,7 @@ class Simulation:
         }
         for block, contents in enumerate(self.kv):
             limited = {TIMES_TO_LIVE.get(h.domain, 0) and h.domain for h in contents if h} - {0}
-            if not limited or any(h and self._is_public(h) for h in contents):
+            if not limited or any(h and self.is_public(h) for h in contents):
                 continue
             if block in pool._cached:
                 (domain,) = limited
@@ -764,20 +426,14 @@ class Simulation:
                 assert self._left_at[block] + TIMES_TO_LIVE[domain] > self.now, "kept too long"
             else:
                 assert limited == {running.get(block)}, "a block of nobody's was not erased"
-        for block in {block for block, _ in self._condemned}:
+        for block in {block for block, _ in self.condemned}:
             assert block in running, "a private or flushed request left something"
             assert block not in pool._key_of, "it can be found what a private or flushed one holds"
         entries = {entry.slot: entry for entry in core.host._entries.values()}
         for slot, contents in self.host.items():
             for history in contents:
-                if history and TIMES_TO_LIVE.get(history.domain) and not self._is_public(history):
+                if history and TIMES_TO_LIVE.get(history.domain) and not self.is_public(history):
                     assert entries[slot].expires > self.now, "kept too long in host memory"
-
-    def _is_public(self, history: History) -> bool:
-        """Whether the block that holds it is a public prefix's."""
-        tokens = history.tokens
-        full = -(-len(tokens) // self.limits.block_size) * self.limits.block_size
-        return full <= len(self.public) and tokens == self.public[: len(tokens)]
 
     def _tables(self) -> dict[str, list[int]]:
         """The blocks of each running sequence."""
@@ -794,12 +450,12 @@ class Simulation:
             last = contents[-1]
             assert last is not None, "a block was named before it was written"
             assert contents == last.block(block_size), "a named block's contents are torn"
-            assert key == self._key(last), "a block's name is not true"
+            assert key == self.key_of(last), "a block's name is not true"
         for key, entry in self.state.core.host._entries.items():
             contents = self.host[entry.slot]
             assert (last := contents[-1]) is not None, "a slot was named, but nothing is in it"
             assert contents == last.block(block_size), "a slot's contents are torn"
-            assert key == self._key(last), "a slot's name is not true"
+            assert key == self.key_of(last), "a slot's name is not true"
         self.counts["evicted"] += len(self._named - pool._key_of.keys())
         self._named = set(pool._key_of)
 
