@@ -1,8 +1,8 @@
 """The step loop: one thread that owns the scheduler state and keeps the device busy.
 
 Step N + 1 is planned, built and launched before step N's tokens are fetched, so the device
-never waits for the host. Everything reaches the loop through one bounded inbox, and every
-piece of news leaves through one function, once a step.
+never waits for the host. Everything reaches the loop through one inbox, which takes a bounded
+number of requests, and every piece of news leaves through one function, once a step.
 """
 
 from __future__ import annotations
