@@ -12,8 +12,9 @@ PROTO := proto/octavo/v1/generation.proto
 
 CONFIG ?= configs/smollm2-135m-cpu.yaml
 ARGS ?=
-# Two workers suit two cores; a file stays on one worker, so that its fixtures load once.
-PYTEST_ARGS ?= -n 2 --dist loadfile
+# Two workers suit two cores. Each has half of the tests in order, so that fixtures load once, and
+# who is done first takes from the other.
+PYTEST_ARGS ?= -n 2 --dist worksteal
 OCTAVO_FUZZ_EXAMPLES ?= 20000
 OCTAVO_KILLS ?= 50
 
@@ -67,7 +68,8 @@ types: $(READY) ## pyrefly
 
 .PHONY: kernels
 kernels: $(READY) ## the kernels' whole grid of tests, each case in all interpreters (long)
-	$(BIN)/python -m pytest tests/paged_attention --exhaustive $(PYTEST_ARGS)
+	$(BIN)/python -m pytest tests/paged_attention tests/runtime/test_kernels_in_engine.py --exhaustive \
+		$(PYTEST_ARGS)
 
 .PHONY: mutants
 mutants: $(READY) ## seeded mistakes in the kernels, each of which the tests must catch
@@ -87,9 +89,10 @@ gpu-check: ## on an NVIDIA GPU: check the kernels on the device and time them; A
 	@scripts/gpu_check.sh build/gpu-check $(ARGS)
 
 .PHONY: fuzz
-fuzz: $(READY) ## millions of random pool and scheduler operations; OCTAVO_FUZZ_EXAMPLES=…
+fuzz: $(READY) ## millions of random scheduler operations, and whole engines; OCTAVO_FUZZ_EXAMPLES=…
 	OCTAVO_FUZZ_EXAMPLES=$(OCTAVO_FUZZ_EXAMPLES) \
-		$(BIN)/python -m pytest tests/core/test_stateful.py --timeout 0 $(ARGS)
+		$(BIN)/python -m pytest tests/core/test_stateful.py tests/runtime/test_stateful_engine.py \
+		--timeout 0 $(ARGS)
 
 .PHONY: kills
 kills: $(READY) ## kill -9 whole engines while they write their disk tier; OCTAVO_KILLS=…

@@ -264,13 +264,8 @@ class StepPlan:
     @property
     def moves_blocks(self) -> bool:
         """Whether there is something to do besides computing."""
-        return bool(
-            self.block_copies
-            or self.swap_outs
-            or self.swap_ins
-            or self.erased_blocks
-            or self.erased_slots
-        )
+        moves = (self.block_copies, self.swap_outs, self.swap_ins)
+        return any((*moves, self.erased_blocks, self.erased_slots))
 
     @property
     def num_tokens(self) -> int:

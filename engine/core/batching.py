@@ -68,8 +68,8 @@ class Batch:
 
 def choose_bucket(plan: StepPlan, buckets: tuple[Bucket, ...]) -> Bucket:
     """The first bucket that holds the plan; a decode bucket only takes single tokens."""
-    num_tokens, num_seqs = plan.num_tokens, len(plan.rows)
-    decodes_only = all(row.num_tokens <= 1 for row in plan.rows)
+    lengths, num_seqs = [row.num_tokens for row in plan.rows], len(plan.rows)
+    num_tokens, decodes_only = sum(lengths), max(lengths) <= 1
     for bucket in buckets:
         is_decode = bucket.num_tokens == bucket.num_seqs
         if (
@@ -120,8 +120,10 @@ def build(plan: StepPlan, buckets: tuple[Bucket, ...], sink_slot: int) -> Batch:
     batch.slots[:num_rows] = slots
     batch.samples[:num_rows] = samples
     last = starts[1:] - 1
-    sources = [index if of is None else of for index, of in enumerate(logits_of)]
-    batch.logits_tokens[:num_rows] = last[sources]
+    batch.logits_tokens[:num_rows] = last[:num_rows]
+    if logits_of[-1] is not None:  # rows that part from others come last
+        sources = [index if of is None else of for index, of in enumerate(logits_of)]
+        batch.logits_tokens[:num_rows] = last[sources]
     batch.sampling.output_positions[:num_rows] = positions
     _fill_sampling(batch.sampling, rows, starts)
     return batch

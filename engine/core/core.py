@@ -84,7 +84,7 @@ class Core:
     @property
     def num_unclaimed_slots(self) -> int:
         """Slots that are neither taken nor kept for the forks of running sequences."""
-        return len(self.free_slots) - sum(len(seq.forks) for seq in self.running)
+        return len(self.free_slots) - sum([len(seq.forks) for seq in self.running if seq.forks])
 
     def add(self, request: Request, max_total: int) -> None:
         """Queue a new request, whose prompt and output have at most `max_total` tokens."""

@@ -104,7 +104,9 @@ class WorkingSet:
 
     def __init__(self, core: Core):
         self._core = core
-        self._longest = sum(map(self._most_of, core.running))  # blocks, if all get as long as that
+        # Blocks, if all get as long as they may.
+        self._longest = sum([one.block_ids.size for one in core.running])
+        self._longest += sum([self._most_of_forks(one) for one in core.running if one.forks])
         self._demand: Demand | None = None  # once it is asked for
         self._next: Demand | None = None  # of the sequence that was asked about last
 
@@ -118,9 +120,9 @@ class WorkingSet:
         if self._demand is None or self._next is None:
             return True
         # Blocks that several own, or will, are counted for each of them: take that off again.
-        saved = sum(one.num_blocks for one in core.running) - core.pool.counts.owned
-        for one in (*core.running, seq):
-            saved += sum(fork.num_prompt // core.block_size for fork in one.forks)
+        saved = sum([one.num_blocks for one in core.running]) - core.pool.counts.owned
+        parents = (one for one in (*core.running, seq) if one.forks)
+        saved += sum(len(one.forks) * (one.num_prompt // core.block_size) for one in parents)
         return self._demand.plus(self._next).peak - saved <= core.pool.num_blocks
 
     def add(self, seq: Sequence) -> None:
@@ -130,13 +132,17 @@ class WorkingSet:
             self._demand = self._demand.plus(self._next)
 
     def _most_of(self, seq: Sequence) -> int:
-        return (1 + len(seq.forks)) * self._core.blocks_for(seq.max_total - 1)
+        return self._core.blocks_for(seq.max_total - 1) + self._most_of_forks(seq)
+
+    def _most_of_forks(self, seq: Sequence) -> int:
+        return len(seq.forks) * self._core.blocks_for(seq.max_total - 1)
 
     def _of(self, sequences: Iterable[Sequence]) -> Demand | None:
         core = self._core
         everyone = list(sequences)
         # Forks are as long as their parents so far, and grow like them.
-        everyone += [fork for one in everyone for fork in one.forks]
-        lengths = np.array([(one.num_total, one.num_prompt, one.max_total) for one in everyone])
-        held, num_prompt, most = lengths.T
+        everyone += [fork for one in everyone if one.forks for fork in one.forks]
+        held = np.array([one.num_total for one in everyone])
+        num_prompt = np.array([one.num_prompt for one in everyone])
+        most = np.array([one.max_total for one in everyone])
         return core.output_lengths.demand(held - num_prompt, held, most, core.block_size)

@@ -7,14 +7,14 @@ where it would have been computed again. Nothing here moves a byte; plans say wh
 from __future__ import annotations
 
 from collections import OrderedDict
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import NamedTuple
 
 import numpy as np
 
 from engine.core.block_pool import Evicted
 from engine.core.retention import Tag
-from engine.types import Domain, StepPlan
+from engine.types import Domain, StepPlan, SwapOut
 
 NO_BLOCK = -1
 
@@ -72,6 +72,13 @@ class HostTier:
                 self._erased.append(slot)  # before it is filled
         self._entries[key] = _Entry(slot, step, tag, expires)
         return slot
+
+    def take_in(self, gone: Iterable[Evicted], step: int) -> Iterator[SwapOut]:
+        """Put what the plan of that step evicted, with what must be copied for it."""
+        for evicted in gone:
+            slot = self.put(evicted, step)
+            if slot is not None:
+                yield SwapOut(evicted.block, slot, evicted.key, evicted.expires, evicted.tag.domain)
 
     def restore(self, key: bytes, tag: Tag, expires: int, step: int) -> int | None:
         """A slot for a block that came from below, to be filled before the plan of that step.

@@ -56,7 +56,7 @@ def merge_full_blocks(core: Core, limits: Limits, seq: Sequence, num_tokens: int
     if full <= first:
         return
     seq.extend_keys(full, limits.block_size, limits.fingerprint)
-    own: list[int] = seq.block_ids[first:full].tolist()
+    own: list[int] = seq.table[first:full].tolist()
     merged: list[int] = []
     for block, key in zip(own, seq.keys[first:full], strict=True):
         core.pool.name(block, key, seq.tag)  # has no effect if the key names another one
@@ -66,6 +66,4 @@ def merge_full_blocks(core: Core, limits: Limits, seq: Sequence, num_tokens: int
         exchanged = [pair for pair in zip(own, merged, strict=True) if pair[0] != pair[1]]
         core.pool.share([there for _, there in exchanged])
         core.pool.release([here for here, _ in exchanged], erase=seq.erases)
-        seq.block_ids = seq.block_ids.copy()  # plans on their way keep the old one
-        seq.block_ids[first:full] = merged
-        seq.block_ids.setflags(write=False)
+        seq.replace_blocks(first, merged)

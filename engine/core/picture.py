@@ -151,7 +151,7 @@ def _running(seq: Sequence) -> Running:
         num_computed=seq.num_computed,
         num_cached=seq.num_cached_tokens,
         num_preemptions=seq.num_preemptions,
-        block_ids=seq.block_ids[: seq.num_blocks],  # entries never change: a view is enough
+        block_ids=seq.table,  # entries never change: a view is enough
     )
 
 

@@ -14,7 +14,8 @@ known.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable
+from functools import partial
 
 from engine.core import beams
 from engine.core.core import Core, Holding
@@ -22,7 +23,11 @@ from engine.core.costs import keeping_pays, restoring_pays
 from engine.core.forecast import WorkingSet
 from engine.core.limits import Limits
 from engine.core.sequences import NO_SLOT, Sequence
-from engine.types import BlockCopy, PlanRow, StepPlan, SwapIn, SwapOut
+from engine.types import BlockCopy, PlanRow, StepPlan, SwapIn
+
+# Of a tuple of all its fields. There is one a sequence and step, and PlanRow's own constructor is a
+# Python function, which would take twice as long.
+_make_row: Callable[[tuple[object, ...]], PlanRow] = partial(tuple.__new__, PlanRow)
 
 
 def plan_step(core: Core, limits: Limits) -> StepPlan:
@@ -33,7 +38,7 @@ def plan_step(core: Core, limits: Limits) -> StepPlan:
     num_decodes = len(rows)
     budget = limits.max_step_tokens - num_decodes
     for seq in core.running:
-        if seq.num_uncomputed > 1 and budget > 0:
+        if seq.num_total - seq.num_computed > 1 and budget > 0:
             num_tokens = min(seq.num_uncomputed, budget)
             rows.append(_advance(seq, num_tokens, limits.block_size))
             budget -= num_tokens
@@ -49,12 +54,13 @@ def plan_step(core: Core, limits: Limits) -> StepPlan:
     # A copy fills its block by itself, and comes first: what is erased may be what it copies.
     copied = {copy.destination for copy in copies}
     erased = [block for block in core.pool.retention.take_erased() if block not in copied]
+    gone = core.pool.take_evicted()  # last: what goes out now comes in with a later plan
     plan = StepPlan(
         step=core.step,
         rows=tuple(rows),
         block_copies=tuple(copies),
         preempted=tuple(preempted),
-        swap_outs=tuple(_swap_out(core, limits)),
+        swap_outs=tuple(core.host.take_in(gone, core.step) if keeping_pays(limits) else ()),
         swap_ins=tuple(swap_ins),
         erased_blocks=tuple(erased),
         erased_slots=tuple(core.host.take_erased()),
@@ -148,18 +154,6 @@ def _give_block(seq: Sequence, core: Core, copies: list[BlockCopy]) -> None:
         copies.append(BlockCopy(shared, block))
 
 
-def _swap_out(core: Core, limits: Limits) -> Iterator[SwapOut]:
-    """Give what this step evicted a place in the host tier.
-
-    At the step's end: what goes out with a plan comes in with a later one at the earliest.
-    """
-    gone = core.pool.take_evicted()
-    for evicted in gone if keeping_pays(limits) else ():
-        slot = core.host.put(evicted, core.step)
-        if slot is not None:
-            yield SwapOut(evicted.block, slot, evicted.key, evicted.expires, evicted.tag.domain)
-
-
 def _admit_waiting(
     core: Core, limits: Limits, rows: list[PlanRow], swap_ins: list[SwapIn], budget: int
 ) -> Holding | None:
@@ -224,18 +218,21 @@ def _advance(seq: Sequence, num_tokens: int, block_size: int) -> PlanRow:
     stop = start + num_tokens
     total = seq.num_total
     samples = stop == total
-    row = PlanRow(
+    num_blocks = -(-stop // block_size)
+    known = seq.token_ids
+    fields = (
         seq.request,
         seq.slot,
         start,
         num_tokens,
-        tuple(seq.token_ids[start:stop]),
-        seq.block_ids[: -(-stop // block_size)],
+        tuple(known[start:stop]) if start < len(known) else (),
+        seq.table if num_blocks == seq.num_blocks else seq.block_ids[:num_blocks],
         samples,
         total - seq.num_prompt,
         None if seq.has_state else seq.take_history(),
+        None,
     )
     seq.num_computed = stop
     if samples:
         seq.num_total = total + 1
-    return row
+    return _make_row(fields)

@@ -9,6 +9,8 @@ What a step does is decided in `planning`.
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
 from typing import NamedTuple
 
 from engine.core import beams, inspection, merging, planning
@@ -25,6 +27,9 @@ from engine.types import (
     StepTokens,
     TokenLogprobs,
 )
+
+# Of a tuple of all its fields, as in `planning`: there is one a sequence and step.
+_make_output: Callable[[tuple[object, ...]], StepOutput] = partial(tuple.__new__, StepOutput)
 
 
 class StaleState(RuntimeError):
@@ -197,8 +202,8 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
             reason = FinishReason.LENGTH
         else:
             reason = None
-        logprobs = tokens.logprobs.get(index)
-        outputs.append(_output(seq, (token,), reason, () if logprobs is None else (logprobs,)))
+        entry = tokens.logprobs.get(index)
+        outputs.append(_output(seq, (token,), reason, () if entry is None else (entry,)))
         if reason is not None:
             if seq.request.is_public:
                 core.public.pin(core, seq)
@@ -251,16 +256,9 @@ def _output(
     reason: FinishReason | None,
     logprobs: tuple[TokenLogprobs, ...],
 ) -> StepOutput:
-    first = bool(token_ids) and len(seq.token_ids) == seq.num_prompt + 1
-    prompt_logprobs = tuple(seq.prompt_logprobs) if first else ()
-    if first:
+    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    if seq.prompt_logprobs and token_ids and len(seq.token_ids) == seq.num_prompt + 1:
+        prompt_logprobs = tuple(seq.prompt_logprobs)
         seq.prompt_logprobs.clear()  # kilobytes a token, and they are delivered once
-    return StepOutput(
-        seq.request.request_id,
-        token_ids,
-        reason,
-        seq.num_prompt,
-        seq.num_cached_tokens,
-        logprobs,
-        prompt_logprobs,
-    )
+    name, counts = seq.request.request_id, (seq.num_prompt, seq.num_cached_tokens)
+    return _make_output((name, token_ids, reason, *counts, logprobs, prompt_logprobs, None, None))

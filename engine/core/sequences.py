@@ -34,6 +34,7 @@ class Sequence:
       slot: row of the device state while running, else NO_SLOT.
       block_ids: int32[capacity], read-only; the first num_blocks entries hold positions 0
         onwards. Filled entries never change, so plans keep views of it.
+      table: the view of those num_blocks entries.
       keys: of the blocks whose tokens are known, as far as they were needed.
       num_public: how many of `keys` are a public prefix's.
       tag: of the other blocks.
@@ -72,6 +73,7 @@ class Sequence:
         "request",
         "shares_tail",
         "slot",
+        "table",
         "tag",
         "token_ids",
         "was_started",
@@ -103,7 +105,7 @@ class Sequence:
         self.num_computed = 0
         self.slot = NO_SLOT
         self.has_state = False
-        self.block_ids = np.zeros(0, np.int32)
+        self.block_ids = self.table = np.zeros(0, np.int32)
         self.num_blocks = 0
         self.num_blocks_named = 0
         self.shares_tail = False
@@ -159,19 +161,24 @@ class Sequence:
     def replace_tail(self, block: int, block_size: int) -> int:
         """Map the last positions to another block. Returns the one they were in."""
         old = self.tail(block_size)
-        self.block_ids = self.block_ids.copy()  # plans on their way keep the old one
-        self.block_ids[self.num_computed // block_size] = block
-        self.block_ids.setflags(write=False)
+        self.replace_blocks(self.num_computed // block_size, [block])
         self.shares_tail = False
         return old
+
+    def replace_blocks(self, first: int, blocks: list[int]) -> None:
+        """Map positions from its block of that index on to others; plans on their way keep the old
+        table."""
+        block_ids = self.block_ids.copy()
+        block_ids[first : first + len(blocks)] = blocks
+        self._set_table(block_ids)
 
     def append_blocks(self, blocks: list[int]) -> None:
         """Map the next positions to these blocks."""
         stop = self.num_blocks + len(blocks)
         self.block_ids.setflags(write=True)
         self.block_ids[self.num_blocks : stop] = blocks
-        self.block_ids.setflags(write=False)
         self.num_blocks = stop
+        self._set_table(self.block_ids)
 
     def take_history(self) -> tuple[int, ...] | None:
         """The tokens generated so far if the slot's device state is not set yet, else None."""
@@ -224,7 +231,7 @@ class Sequence:
 
     def owned_blocks(self) -> list[int]:
         """The physical blocks it holds, in order of position."""
-        return self.block_ids[: self.num_blocks].tolist()
+        return self.table.tolist()
 
     def copy(self) -> Sequence:
         """An independent sequence; the request is shared, as it is frozen. The caller sets
@@ -234,8 +241,12 @@ class Sequence:
             value = getattr(self, name)
             copied = value.copy() if isinstance(value, (list, np.ndarray)) else value
             setattr(other, name, copied)
-        other.block_ids.setflags(write=False)
+        other._set_table(other.block_ids)
         return other
+
+    def _set_table(self, block_ids: np.ndarray) -> None:
+        block_ids.setflags(write=False)
+        self.block_ids, self.table = block_ids, block_ids[: self.num_blocks]
 
 
 class WaitingQueue:

@@ -52,3 +52,5 @@ def test_engines_killed_while_they_write_never_give_a_wrong_token(
         engines.stdin.close()
     print(f"{KILLS} kills, {warm} warm starts, {half_written} left half-written files")
     assert warm >= (KILLS - 1) // 2
+    if KILLS >= 10:  # of a few, all may come between two files
+        assert half_written, "none was killed while it wrote"

@@ -36,7 +36,9 @@ TOLERANCE = 1e-4  # float32 sums in another order; log-probabilities are of the 
 
 
 # One device, and four that hold two copies of each of two KV heads.
-@pytest.mark.parametrize(("name", "tensor"), [("llama", 1), ("qwen3", 4)])
+@pytest.mark.parametrize(
+    ("name", "tensor"), [("llama", 1), pytest.param("qwen3", 4, marks=pytest.mark.exhaustive)]
+)
 @pytest.mark.parametrize("kernel", KERNELS)
 def test_tokens_and_logprobs_are_the_references(kernel: Backend, name: str, tensor: int) -> None:
     logprobs, results = through_engine(

@@ -152,15 +152,15 @@ def a_plan_s_block_table_changes_after_it_was_made(patch: Patch) -> None:
     rewrite(
         patch,
         Sequence,
-        "replace_tail",
-        "self.block_ids = self.block_ids.copy()",
-        "self.block_ids.setflags(write=True)",
+        "replace_blocks",
+        "block_ids = self.block_ids.copy()",
+        "(block_ids := self.block_ids).setflags(write=True)",
     )
 
 
 @mutant
 def an_evicted_block_is_not_swapped_out(patch: Patch) -> None:
-    rewrite(patch, planning, "_swap_out", "yield SwapOut(evicted.block", "SwapOut(evicted.block")
+    rewrite(patch, HostTier, "take_in", "yield SwapOut(evicted.block", "SwapOut(evicted.block")
 
 
 @mutant
@@ -218,7 +218,7 @@ def a_request_s_public_blocks_count_as_its_own_on_disk(patch: Patch) -> None:
 
 @mutant
 def what_goes_out_is_everybody_s(patch: Patch) -> None:
-    rewrite(patch, planning, "_swap_out", "evicted.tag.domain", "None")
+    rewrite(patch, HostTier, "take_in", "evicted.tag.domain", "None")
 
 
 @mutant

@@ -123,17 +123,6 @@ def a_block_that_was_merged_away_is_kept(patch: Patch) -> None:
 
 
 @mutant
-def a_merge_changes_plans_on_their_way(patch: Patch) -> None:
-    rewrite(
-        patch,
-        merging,
-        "merge_full_blocks",
-        "seq.block_ids = seq.block_ids.copy()",
-        "seq.block_ids.setflags(write=True)",
-    )
-
-
-@mutant
 def a_block_is_merged_before_it_is_computed_again(patch: Patch) -> None:
     rewrite(patch, merging, "merge_full_blocks", "min(num_tokens, seq.num_computed)", "num_tokens")
 
