@@ -14,6 +14,7 @@ import itertools
 import os
 import statistics
 import time
+from collections import deque
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -41,7 +42,8 @@ MAX_STEP_TOKENS = 8192
 PROMPT_LIMIT = 256  # tokens; prompts have half of it on average
 WARM_STEPS = 20  # steps of each round that don't count, once every sequence runs
 STEP_MS = 10  # of the clock, where there is one
-TIME_TO_LIVE_MS = 2_000
+TIME_TO_LIVE_MS = 4_000
+AGAIN = 320  # requests later a prompt is sent again, when the device may have evicted it
 PUBLIC = tuple(range(128))
 MEAN_OUTPUT = 128  # tokens; in the case where sequences end
 
@@ -56,9 +58,10 @@ class Case:
         their place: their blocks are cached, evicted and matched. Else all run on.
       recorded: whether the event log is written, to nowhere; its time is in schedule and commit.
       everything: whether there are a host tier, a public prefix, several domains, times to live
-        with a clock that moves in each step, and requests for several samples, with
-        copy-on-write. The pool is then so small that blocks must leave it; those beyond are the
-        host tier's.
+        with a clock that moves in each step, requests for several samples, with copy-on-write,
+        and prompts that come again.
+      blocks_each: of the pool, blocks for each sequence; those beyond are the host tier's, where
+        blocks go to and come back from. 0: all are the pool's.
     """
 
     name: str
@@ -66,6 +69,7 @@ class Case:
     turnover: bool
     recorded: bool = False
     everything: bool = False
+    blocks_each: int = 0
 
 
 CASES = (
@@ -73,7 +77,8 @@ CASES = (
     Case("sampled", greedy=False, turnover=False),
     Case("turnover", greedy=True, turnover=True),
     Case("recorded", greedy=True, turnover=True, recorded=True),
-    Case("everything", greedy=True, turnover=True, everything=True),
+    Case("everything", greedy=True, turnover=True, everything=True, blocks_each=20),
+    Case("crowded", greedy=True, turnover=True, everything=True, blocks_each=16),
 )
 
 
@@ -87,6 +92,7 @@ class Sample(NamedTuple):
     tokens: int
     preempted: int
     moved: int
+    swapped_in: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,6 +130,7 @@ class Result:
     mean_tokens: float
     preempted: int
     moved: int
+    swapped_in: int
     schedule: Timing
     build: Timing
     commit: Timing
@@ -198,14 +205,14 @@ def _steady_output(sequences: int, steps: int) -> int:
 
 def measure(case: Case, num_blocks: int, sequences: int, steps: int, rounds: int) -> Result:
     """Time the steps of some rounds; the arguments are as in `run`."""
-    pool = min(num_blocks, blocks_needed(sequences, steps)) if case.everything else num_blocks
+    pool = sequences * case.blocks_each or num_blocks
     limits = Limits(
         num_blocks=pool,
         block_size=BLOCK_SIZE,
         max_num_seqs=sequences,
         max_step_tokens=max(MAX_STEP_TOKENS, sequences),
         max_model_len=MAX_MODEL_LEN,
-        host_blocks=max(pool, num_blocks - pool) if case.everything else 0,
+        host_blocks=num_blocks - pool,
     )
     draw = np.random.RandomState(0)
     samples: list[Sample] = []
@@ -227,6 +234,7 @@ def measure(case: Case, num_blocks: int, sequences: int, steps: int, rounds: int
         mean_tokens=statistics.fmean(sample.tokens for sample in samples),
         preempted=sum(sample.preempted for sample in samples),
         moved=sum(sample.moved for sample in samples),
+        swapped_in=sum(sample.swapped_in for sample in samples),
         schedule=Timing.of([sample.schedule for sample in samples]),
         build=Timing.of([sample.build for sample in samples]),
         commit=Timing.of([sample.commit for sample in samples]),
@@ -302,6 +310,7 @@ def _steps(
                 + len(plan.swap_ins)
                 + len(plan.erased_blocks)
                 + len(plan.erased_slots),
+                swapped_in=len(plan.swap_ins),
             )
 
 
@@ -339,6 +348,7 @@ def _requests(case: Case, draw: np.random.RandomState, output_len: int) -> Itera
     """
     sampling = SamplingParams(temperature=0.0 if case.greedy else 1.0)
     prefixes = [draw.randint(0, VOCAB_SIZE, 64).tolist() for _ in range(8)]
+    earlier: deque[list[int]] = deque(maxlen=AGAIN)
     number = 0
     while True:
         num_prompt = int(draw.randint(1, PROMPT_LIMIT))
@@ -352,6 +362,9 @@ def _requests(case: Case, draw: np.random.RandomState, output_len: int) -> Itera
                 more["forks"] = (Fork(f"{number}.1", 1), Fork(f"{number}.2", 2))
             if number % 4 == 1:
                 prompt = [*PUBLIC, *prompt][:PROMPT_LIMIT]
+            if number % 4 == 3 and len(earlier) == AGAIN:
+                prompt = earlier[0]
+            earlier.append(prompt)
         if case.turnover:
             if number % 2 and not case.everything:
                 prompt[:64] = prefixes[number // 2 % len(prefixes)][:num_prompt]

@@ -199,7 +199,7 @@ def advance(core: Core, group: BeamGroup, first_row: int, tokens: StepTokens) ->
     choices = group.choose(tops)
     if not choices:
         for _ in group.members:
-            core.output_lengths.add(len(first.token_ids) - first.num_prompt + 1)
+            core.forecast.add(len(first.token_ids) - first.num_prompt + 1)
         outputs = list(group.outputs())
         core.remove(first)
         return outputs

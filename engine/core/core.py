@@ -12,7 +12,7 @@ from typing import Literal
 from engine.core.beams import BeamGroup, most_blocks
 from engine.core.block_pool import BlockPool
 from engine.core.contiguous import ContiguousPool
-from engine.core.forecast import OutputLengths
+from engine.core.forecast import Forecast
 from engine.core.host_tier import HostTier
 from engine.core.limits import Limits
 from engine.core.merging import MergingPool
@@ -37,7 +37,7 @@ class Core:
       num_slots: rows of the device state; the most sequences that can run.
       free_slots: a heap, so that the lowest slot is used first.
       step: the number of the next plan.
-      output_lengths: of sequences that ended by themselves.
+      forecast: what sequences that ended tell of those that run.
       holding: why the head of the queue still waited when the last step was planned.
       in_flight: the numbers of the plans with rows that are not committed, oldest first.
       arrivals: requests admitted so far.
@@ -47,13 +47,13 @@ class Core:
         "arrivals",
         "block_size",
         "fingerprint",
+        "forecast",
         "free_slots",
         "holding",
         "host",
         "in_flight",
         "max_preemptions",
         "num_slots",
-        "output_lengths",
         "pool",
         "public",
         "running",
@@ -70,7 +70,7 @@ class Core:
         self.block_size = limits.block_size
         self.fingerprint = limits.fingerprint
         self.max_preemptions = limits.max_preemptions
-        self.output_lengths = OutputLengths()
+        self.forecast = Forecast()
         self.holding: Holding | None = None
         self.sequences: dict[str, Sequence] = {}
         self.running: list[Sequence] = []
@@ -172,6 +172,7 @@ class Core:
         Of beams, all lose theirs and start over. Returns the ids of those that did. It `counts`
         towards what a sequence may be asked for, unless it is the device's doing.
         """
+        self.forecast.demand = None
         members = [seq] if seq.beams is None else seq.beams.members
         stopped = [one for one in reversed(members) if one.slot != NO_SLOT]
         for one in members:

@@ -9,7 +9,7 @@ under SLA Guarantees", 2025; here with expectations instead of samples, so that 
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable
+from collections.abc import Sequence as Items
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
@@ -22,75 +22,112 @@ MEMORY = 512  # outputs that are remembered
 LEAST = 16  # below so many, nothing is forecast
 MOMENTS = 16  # how many moments from now on are looked at
 SPREAD = 2.0  # standard deviations above the mean that are kept free
+RENEWED = 2  # steps after which the running sequences are looked at anew
 
 
 class Demand(NamedTuple):
-    """Blocks that are held at some moments from now on, in expectation, and the variance."""
+    """Blocks that sequences are expected to hold at some moments, and the variance.
 
-    mean: np.ndarray  # float64[MOMENTS]
+    Attributes:
+      step: the plan that it was made for.
+      moments: int64[MOMENTS], steps from that one.
+      mean, variance: float64[MOMENTS].
+    """
+
+    step: int
+    moments: np.ndarray
+    mean: np.ndarray
     variance: np.ndarray
 
+    def is_good_at(self, step: int) -> bool:
+        """Whether a later plan may go by it too, as all moments but the first are still ahead."""
+        return step - self.step <= min(RENEWED, int(self.moments[1]))
+
     def plus(self, other: Demand) -> Demand:
-        """That of these sequences and others together."""
-        return Demand(self.mean + other.mean, self.variance + other.variance)
+        """That of these sequences and others together, whose moments are the same."""
+        mean, variance = self.mean + other.mean, self.variance + other.variance
+        return self._replace(mean=mean, variance=variance)
 
     @property
     def peak(self) -> float:
         """The working set: the most at any of the moments, and some to spare."""
-        return float(np.max(self.mean + SPREAD * np.sqrt(self.variance)))
+        return float((self.mean + SPREAD * np.sqrt(self.variance)).max())
 
 
-class OutputLengths:
-    """Lengths of the latest outputs, in tokens. The same outputs give the same forecasts."""
+class Forecast:
+    """What the lengths of the latest outputs tell of those to come; the same tell the same.
 
-    __slots__ = ("_latest", "_sorted")
+    Attributes:
+      demand: of the running sequences, if it was asked for lately.
+    """
+
+    __slots__ = ("_at_least", "_latest", "demand")
 
     def __init__(self) -> None:
-        self._latest: deque[int] = deque(maxlen=MEMORY)
-        self._sorted: np.ndarray | None = None  # made when it is asked for
+        self.demand: Demand | None = None
+        self._latest: deque[int] = deque()
+        self._at_least = np.zeros(1, np.int64)  # how many are so long; 0 for the last, and beyond
 
     def add(self, length: int) -> None:
         """An output of that length has ended by itself."""
+        if len(self._latest) == MEMORY:
+            self._at_least[: self._latest.popleft() + 1] -= 1
         self._latest.append(length)
-        self._sorted = None
+        longer = length + 2 - len(self._at_least)
+        if longer > 0:
+            self._at_least = np.pad(self._at_least, (0, longer))
+        self._at_least[: length + 1] += 1
 
-    def demand(
-        self, generated: np.ndarray, held: np.ndarray, most: np.ndarray, block_size: int
-    ) -> Demand | None:
-        """What sequences are expected to hold from now to their ends.
+    def moments(self) -> np.ndarray | None:
+        """int64[MOMENTS]: when to look, in steps from now; None while too few have ended to tell.
 
-        A sequence grows by a token a step. An output that is longer than any that ended goes on.
+        At the last of them nine in ten have ended; few go on for longer.
+        """
+        count = len(self._latest)
+        if count < LEAST:
+            return None
+        horizon = int(np.count_nonzero(self._at_least >= count - count * 9 // 10)) - 1
+        return np.arange(MOMENTS) * horizon // (MOMENTS - 1)
+
+    def blocks(
+        self,
+        moments: np.ndarray,
+        generated: np.ndarray,
+        held: np.ndarray,
+        most: np.ndarray,
+        block_size: int,
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """What sequences are expected to hold at some moments, if they grow by a token a step.
+
+        An output that is longer than any that ended goes on.
 
         Args:
+          moments: int[m], steps from now.
           generated: int[n], tokens of each one's output.
           held: int[n], tokens of each, its prompt included.
           most: int[n], what `held` can come to at most.
           block_size: tokens in a block; half of each last one is taken to be empty.
 
         Returns:
-          None while too few outputs have ended to tell.
+          float64[m], the blocks of all of them in expectation; and the variance.
         """
-        if len(self._latest) < LEAST:
-            return None
-        if self._sorted is None:
-            self._sorted = np.sort(np.fromiter(self._latest, np.int64))
-        count = len(self._sorted)
-        horizon = int(self._sorted[count * 9 // 10])  # few go on for longer
-        moments = (np.arange(MOMENTS) * horizon // (MOMENTS - 1))[:, None]  # steps from now
-        longer_now = count - np.searchsorted(self._sorted, generated, side="right")
-        there_then = count - np.searchsorted(self._sorted, generated + moments, side="left")
+        later = moments[:, None]
+        longer_now = self._at_least.take(generated + 1, mode="clip")
+        there_then = self._at_least.take(generated + later, mode="clip")
+        there_then[:, longer_now == 0] = 1  # nobody knows: it goes on
         alive = np.minimum(there_then / np.maximum(longer_now, 1), 1.0)
-        alive = np.where(longer_now > 0, alive, 1.0)
-        alive = np.where(held + moments <= most, alive, 0.0)
-        blocks = (held + moments) / block_size + 0.5
-        mean = np.sum(alive * blocks, axis=1)
-        variance = np.sum(alive * (1 - alive) * blocks**2, axis=1)
-        return Demand(mean, variance)
+        alive *= held + later <= most
+        blocks = (held / block_size + 0.5) + later / block_size
+        expected = alive * blocks
+        variance = expected * (blocks - expected)
+        return expected.sum(axis=1), variance.sum(axis=1)
 
-    def copy(self) -> OutputLengths:
-        """Independent lengths in the same state."""
-        other = OutputLengths()
+    def copy(self) -> Forecast:
+        """An independent one in the same state."""
+        other = Forecast()
+        other.demand = self.demand
         other._latest = self._latest.copy()
+        other._at_least = self._at_least.copy()
         return other
 
 
@@ -98,8 +135,8 @@ class WorkingSet:
     """Whether further sequences are expected to fit beside those that run. For one plan, and made
     only if somebody waits.
 
-    Where all fit at their longest, nothing is forecast; else what the running ones need is worked
-    out once.
+    Where all fit at their longest, nothing is forecast. Else what the running ones need is worked
+    out once in a while: in between, what starts is added, and what ends was expected to.
     """
 
     def __init__(self, core: Core):
@@ -107,29 +144,36 @@ class WorkingSet:
         # Blocks, if all get as long as they may.
         self._longest = sum([one.block_ids.size for one in core.running])
         self._longest += sum([self._most_of_forks(one) for one in core.running if one.forks])
-        self._demand: Demand | None = None  # once it is asked for
-        self._next: Demand | None = None  # of the sequence that was asked about last
+        self._saved: int | None = None  # blocks counted once for each of several owners
+        self._then: Demand | None = None  # with the sequence that was asked about last
 
     def has_room_for(self, seq: Sequence) -> bool:
         """Whether the pool is expected to hold all to their ends, and this one."""
         core = self._core
+        self._then = None
         if self._longest + self._most_of(seq) <= core.pool.num_blocks - core.public.num_blocks:
             return True
-        self._demand = self._demand or self._of(core.running)
-        self._next = self._of([seq])
-        if self._demand is None or self._next is None:
-            return True
-        # Blocks that several own, or will, are counted for each of them: take that off again.
-        saved = sum([one.num_blocks for one in core.running]) - core.pool.counts.owned
-        parents = (one for one in (*core.running, seq) if one.forks)
-        saved += sum(len(one.forks) * (one.num_prompt // core.block_size) for one in parents)
-        return self._demand.plus(self._next).peak - saved <= core.pool.num_blocks
+        known = core.forecast.demand
+        if known is None or not known.is_good_at(core.step):
+            moments = core.forecast.moments()
+            if moments is None:
+                return True
+            known = core.forecast.demand = self._of(core.running, moments)
+        age = core.step - known.step
+        self._then = known.plus(self._of([seq], np.maximum(known.moments - age, 0)))
+        if self._saved is None:
+            self._saved = sum([one.num_blocks for one in core.running]) - core.pool.counts.owned
+            self._saved += sum([self._saved_by_forks(one) for one in core.running if one.forks])
+        saved = self._saved + self._saved_by_forks(seq)
+        return self._then.peak - saved <= core.pool.num_blocks
 
-    def add(self, seq: Sequence) -> None:
-        """The sequence that was asked about last is about to run."""
+    def add(self, seq: Sequence, num_shared: int) -> None:
+        """The sequence that was asked about last is about to run, with so many blocks of others."""
+        core = self._core
         self._longest += self._most_of(seq)
-        if self._demand is not None and self._next is not None:
-            self._demand = self._demand.plus(self._next)
+        if self._saved is not None:
+            self._saved += num_shared + self._saved_by_forks(seq)
+        core.forecast.demand = self._then
 
     def _most_of(self, seq: Sequence) -> int:
         return self._core.blocks_for(seq.max_total - 1) + self._most_of_forks(seq)
@@ -137,12 +181,15 @@ class WorkingSet:
     def _most_of_forks(self, seq: Sequence) -> int:
         return len(seq.forks) * self._core.blocks_for(seq.max_total - 1)
 
-    def _of(self, sequences: Iterable[Sequence]) -> Demand | None:
+    def _saved_by_forks(self, seq: Sequence) -> int:
+        return len(seq.forks) * (seq.num_prompt // self._core.block_size)
+
+    def _of(self, sequences: Items[Sequence], moments: np.ndarray) -> Demand:
         core = self._core
-        everyone = list(sequences)
         # Forks are as long as their parents so far, and grow like them.
-        everyone += [fork for one in everyone if one.forks for fork in one.forks]
+        everyone = [*sequences, *(fork for one in sequences if one.forks for fork in one.forks)]
         held = np.array([one.num_total for one in everyone])
-        num_prompt = np.array([one.num_prompt for one in everyone])
+        prompt = np.array([one.num_prompt for one in everyone])
         most = np.array([one.max_total for one in everyone])
-        return core.output_lengths.demand(held - num_prompt, held, most, core.block_size)
+        mean, variance = core.forecast.blocks(moments, held - prompt, held, most, core.block_size)
+        return Demand(core.step, moments, mean, variance)

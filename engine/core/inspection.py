@@ -14,7 +14,7 @@ def copy(core: Core) -> Core:
     other.block_size = core.block_size
     other.fingerprint = core.fingerprint
     other.max_preemptions = core.max_preemptions
-    other.output_lengths = core.output_lengths.copy()
+    other.forecast = core.forecast.copy()
     other.holding = core.holding
     other.pool = core.pool.copy()
     other.host = core.host.copy()

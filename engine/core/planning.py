@@ -179,7 +179,8 @@ def _admit_waiting(
             slots = core.host.match(seq.keys[len(hits) : most])
             if not restoring_pays(limits, len(hits), len(slots)):
                 slots = []
-        needed = core.blocks_to_start(seq) + core.pool.num_cached(hits) - len(hits)
+        num_shared = len(hits) - core.pool.num_cached(hits)
+        needed = core.blocks_to_start(seq) - num_shared
         # One block of growth for each running sequence, so that an admission doesn't make
         # the very next steps preempt.
         growth = core.num_slots - unclaimed
@@ -188,7 +189,7 @@ def _admit_waiting(
         expected = expected or WorkingSet(core)
         if core.running and not expected.has_room_for(seq):
             return "forecast"
-        expected.add(seq)
+        expected.add(seq, num_shared)
         restored = core.start(seq, hits, len(slots))
         swap_ins += map(SwapIn, slots, restored)
         if restored:  # they are there before the step, so even this plan may match them

@@ -208,7 +208,7 @@ def commit(state: SchedulerState, plan: StepPlan, tokens: StepTokens, limits: Li
             if seq.request.is_public:
                 core.public.pin(core, seq)
                 continue
-            core.output_lengths.add(len(seq.token_ids) - seq.num_prompt)
+            core.forecast.add(len(seq.token_ids) - seq.num_prompt)
             core.remove(seq)
     return Committed(SchedulerState(core), tuple(outputs))
 

@@ -166,8 +166,7 @@ class Sequence:
         return old
 
     def replace_blocks(self, first: int, blocks: list[int]) -> None:
-        """Map positions from its block of that index on to others; plans on their way keep the old
-        table."""
+        """Map blocks from that index on to others; plans on their way keep the old table."""
         block_ids = self.block_ids.copy()
         block_ids[first : first + len(blocks)] = blocks
         self._set_table(block_ids)

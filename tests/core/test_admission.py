@@ -12,17 +12,32 @@ from typing import Any
 import numpy as np
 import pytest
 
-from engine.core.forecast import LEAST, MEMORY, MOMENTS, SPREAD, OutputLengths
+from engine.core.forecast import (
+    LEAST,
+    MEMORY,
+    MOMENTS,
+    RENEWED,
+    SPREAD,
+    Demand,
+    Forecast,
+    WorkingSet,
+)
 from engine.sampling import InvalidRequest
 from engine.types import BlockCopy, Fork
 from tests.core.driver import Driver, make_request, rows_of
 
 
-def lengths_of(*outputs: int) -> OutputLengths:
-    lengths = OutputLengths()
+def lengths_of(*outputs: int) -> Forecast:
+    lengths = Forecast()
     for output in outputs:
         lengths.add(output)
     return lengths
+
+
+def demand_of(lengths: Forecast, *sequences_and_block_size: Any) -> Demand:
+    moments = lengths.moments()
+    assert moments is not None
+    return Demand(0, moments, *lengths.blocks(moments, *sequences_and_block_size))
 
 
 def working_set(seen: list[int], sequences: list[tuple[int, int, int]], block_size: int) -> float:
@@ -56,24 +71,20 @@ def test_the_working_set_is_what_loops_and_fractions_give(seed: int) -> None:
         sequences.append((generated, generated + prompt, prompt + rng.randint(generated, 400)))
     block_size = rng.choice((1, 4, 16))
     generated, held, most = map(np.array, zip(*sequences, strict=True))
-    demand = lengths_of(*seen).demand(generated, held, most, block_size)
-    assert demand is not None
+    demand = demand_of(lengths_of(*seen), generated, held, most, block_size)
     assert demand.peak == pytest.approx(working_set(seen, sequences, block_size), rel=1e-9)
 
 
 def test_nothing_is_forecast_from_too_few_outputs() -> None:
-    one = np.array([1])
-    assert lengths_of(*[3] * (LEAST - 1)).demand(one, one, one, 4) is None
-    assert lengths_of(*[3] * LEAST).demand(one, one, one + 9, 4) is not None
+    assert lengths_of(*[3] * (LEAST - 1)).moments() is None
+    assert lengths_of(*[3] * LEAST).moments() is not None
 
 
 def test_old_outputs_are_forgotten() -> None:
     """All that are remembered ended after 10 tokens, so 4 of the prompt become 14."""
     lengths = lengths_of(*[900] * 50, *[10] * MEMORY)
     zero = np.array([0])
-    demand = lengths.demand(zero, zero + 4, zero + 999, 1)
-    assert demand is not None
-    assert demand.peak == 14 + 0.5
+    assert demand_of(lengths, zero, zero + 4, zero + 999, 1).peak == 14 + 0.5
 
 
 def learned(**changes: Any) -> Driver:
@@ -98,6 +109,59 @@ def test_a_request_waits_while_those_that_run_are_expected_to_need_its_blocks() 
     assert driver.state.snapshot()["holding"] == "forecast"
     plans = driver.run()
     assert not any(plan.preempted for plan in plans)
+
+
+def crowded() -> Driver:
+    """One that has seen outputs of 150 tokens; two sequences run, and a third one waits as their
+    last blocks will be needed."""
+    driver = Driver(num_blocks=90, max_model_len=512)
+    for number in range(LEAST):
+        driver.admit(make_request(f"x{number}", 1, max_tokens=150))
+        driver.run()
+    driver.admit(*(make_request(name, 4, max_tokens=150) for name in "abc"))
+    assert len(driver.step().rows) == 2
+    assert driver.state.holding == "forecast"
+    return driver
+
+
+def test_what_running_sequences_need_is_worked_out_once_in_a_while() -> None:
+    driver = crowded()
+    made = []
+    every = RENEWED + 1
+    for _ in range(3 * every):
+        assert driver.state.core.forecast.demand is not None
+        made.append(driver.state.core.forecast.demand.step)
+        driver.step()
+        assert driver.state.holding == "forecast"
+    assert made == [made[0] + every * (number // every) for number in range(3 * every)]
+
+
+def test_between_two_looks_what_starts_is_added() -> None:
+    """To what was worked out before, what the new one needs from now on is added."""
+    driver = crowded()
+    driver.step()
+    core = driver.state.core
+    known = core.forecast.demand
+    assert known is not None
+    expected = WorkingSet(core)
+    driver.admit(make_request("z", 9, max_tokens=44))
+    seq = core.sequences["z"]
+    expected.has_room_for(seq)
+    expected.add(seq, 0)
+    assert core.forecast.demand is not None
+    assert core.forecast.demand.step == known.step
+    for moment, before, after in zip(
+        known.moments, known.mean, core.forecast.demand.mean, strict=True
+    ):
+        later = max(int(moment) - 2, 0)  # the next plan is the second after it
+        blocks = (9 + later) / 4 + 0.5 if later <= 44 else 0.0
+        assert after - before == pytest.approx(blocks)
+
+
+def test_who_is_preempted_is_not_expected_to_need_anything() -> None:
+    driver = crowded()
+    driver.state.core.preempt(driver.state.core.running[-1])
+    assert driver.state.core.forecast.demand is None
 
 
 def test_a_request_that_is_alone_starts_whatever_is_expected() -> None:

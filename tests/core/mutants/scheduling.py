@@ -33,9 +33,7 @@ def a_hit_takes_the_whole_prompt(patch: Patch) -> None:
 
 @mutant
 def admission_forgets_that_cached_hits_are_not_available(patch: Patch) -> None:
-    rewrite(
-        patch, planning, "_admit_waiting", "core.pool.num_cached(hits) - len(hits)", "-len(hits)"
-    )
+    rewrite(patch, planning, "_admit_waiting", "- core.pool.num_cached(hits)", "")
     rewrite(patch, planning, "_admit_waiting", "(needed, growth)", "(needed, 0)")
 
 
@@ -184,8 +182,8 @@ def restored_blocks_take_no_room(patch: Patch) -> None:
         patch,
         planning,
         "_admit_waiting",
-        "num_cached(hits) - len(hits)",
-        "num_cached(hits) - len(hits) - len(slots)",
+        "blocks_to_start(seq) - num_shared",
+        "blocks_to_start(seq) - num_shared - len(slots)",
     )
 
 
