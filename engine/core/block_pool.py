@@ -142,10 +142,10 @@ class BlockPool:
             if count == 0:
                 if block in self._key_of:
                     self._cached[block] = self.retention.leave(block)
-                    self.retention.compact(self._cached)
                 else:
                     self._free.append(block)
                     self.retention.free(block, erase=erase)
+        self.retention.compact(self._cached)
 
     def name(self, block: int, key: bytes, tag: Tag = PUBLIC) -> None:
         """Give an owned block the key of its contents, so that later requests can match it.
@@ -177,7 +177,7 @@ class BlockPool:
 
     def expire(self) -> None:
         """Give up the cached blocks whose time is over."""
-        for block, expires in self.retention.due():
+        for expires, block in self.retention.due():
             if self._cached.get(block) == expires:
                 self._give_up(block)
 

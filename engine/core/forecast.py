@@ -136,7 +136,8 @@ class WorkingSet:
     only if somebody waits.
 
     Where all fit at their longest, nothing is forecast. Else what the running ones need is worked
-    out once in a while: in between, what starts is added, and what ends was expected to.
+    out once in a while: in between, what starts is added, at its longest if that fits, and what
+    ends was expected to.
     """
 
     def __init__(self, core: Core):
@@ -151,7 +152,8 @@ class WorkingSet:
         """Whether the pool is expected to hold all to their ends, and this one."""
         core = self._core
         self._then = None
-        if self._longest + self._most_of(seq) <= core.pool.num_blocks - core.public.num_blocks:
+        most = self._most_of(seq)
+        if self._longest + most <= core.pool.num_blocks - core.public.num_blocks:
             return True
         known = core.forecast.demand
         if known is None or not known.is_good_at(core.step):
@@ -159,13 +161,15 @@ class WorkingSet:
             if moments is None:
                 return True
             known = core.forecast.demand = self._of(core.running, moments)
-        age = core.step - known.step
-        self._then = known.plus(self._of([seq], np.maximum(known.moments - age, 0)))
         if self._saved is None:
             self._saved = sum([one.num_blocks for one in core.running]) - core.pool.counts.owned
             self._saved += sum([self._saved_by_forks(one) for one in core.running if one.forks])
-        saved = self._saved + self._saved_by_forks(seq)
-        return self._then.peak - saved <= core.pool.num_blocks
+        room = core.pool.num_blocks + self._saved + self._saved_by_forks(seq)
+        self._then = known._replace(mean=known.mean + most)  # at its longest, for a start
+        if self._then.peak > room:
+            later = np.maximum(known.moments - (core.step - known.step), 0)
+            self._then = known.plus(self._of([seq], later))
+        return self._then.peak <= room
 
     def add(self, seq: Sequence, num_shared: int) -> None:
         """The sequence that was asked about last is about to run, with so many blocks of others."""

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from engine.core.block_pool import Evicted
+from engine.core.expiries import Expiries
 from engine.core.retention import Tag
 from engine.types import Domain, StepPlan, SwapOut
 
@@ -27,20 +28,21 @@ class _Entry(NamedTuple):
 
 
 class HostTier:
-    """Mutable book-keeping of `num_slots` places for blocks; every operation is O(1) a block.
+    """Mutable book-keeping of `num_slots` places for blocks; every operation is O(1) a block,
+    but for one that expires: O(log slots).
 
     The least recently put or found entry gives way. An entry stays when its block goes back to
     the pool, so that evicting that one again moves nothing.
     """
 
-    __slots__ = ("_entries", "_erased", "_free", "next_expiry", "num_slots")
+    __slots__ = ("_entries", "_erased", "_expiries", "_free", "num_slots")
 
     def __init__(self, num_slots: int):
         self.num_slots = num_slots
         self._free = list(range(num_slots - 1, -1, -1))
         self._entries: OrderedDict[bytes, _Entry] = OrderedDict()  # in order of eviction
         self._erased: list[int] = []
-        self.next_expiry: int | None = None  # when `expire` may have something to do
+        self._expiries: Expiries[bytes] = Expiries()
 
     def __len__(self) -> int:
         return len(self._entries)
@@ -57,7 +59,8 @@ class HostTier:
             return None
         _, key, tag, expires = evicted
         if expires:
-            self.next_expiry = min(expires, self.next_expiry or expires)
+            self._expiries.tidy(len(self._entries), self._times)
+            self._expiries.add(expires, key)
         old = self._entries.get(key)
         if old is not None:
             self._entries[key] = old._replace(expires=expires)
@@ -102,21 +105,25 @@ class HostTier:
     def undo(self, plans: Sequence[StepPlan]) -> None:
         """Drop what these latest plans put here: they failed. What they were to erase still is."""
         steps = {plan.step for plan in plans}
-        self._drop(lambda entry: entry.step in steps)
+        self._drop_all(lambda entry: entry.step in steps)
         free = set(self._free)
         for plan in plans:  # unless something was restored there since, which was erased before
             self._erased += [slot for slot in plan.erased_slots if slot in free]
 
     def expire(self, now: int) -> None:
-        """Drop what must not be kept any longer. O(slots), when something is due."""
-        if self.next_expiry is not None and self.next_expiry <= now:
-            self._drop(lambda entry: 0 < entry.expires <= now)
-            times = [entry.expires for entry in self._entries.values() if entry.expires]
-            self.next_expiry = min(times, default=None)
+        """Drop what must not be kept any longer. O(what is due)."""
+        for expires, key in self._expiries.due(now):
+            if key in self._entries and self._entries[key].expires == expires:
+                self._drop(key)
+
+    @property
+    def next_expiry(self) -> int | None:
+        """When `expire` may have something to do, or None."""
+        return self._expiries.next
 
     def flush(self, domain: Domain | None) -> None:
         """Drop what a domain left, or with None all but what is public. O(slots)."""
-        self._drop(
+        self._drop_all(
             lambda entry: entry.tag.domain is not None and domain in (None, entry.tag.domain)
         )
 
@@ -137,11 +144,17 @@ class HostTier:
         """Whether slots wait to be erased."""
         return bool(self._erased)
 
-    def _drop(self, is_over: Callable[[_Entry], bool]) -> None:
+    def _drop(self, key: bytes) -> None:
+        slot = self._entries.pop(key).slot
+        self._free.append(slot)
+        self._erased.append(slot)
+
+    def _drop_all(self, is_over: Callable[[_Entry], bool]) -> None:
         for key in [key for key, entry in self._entries.items() if is_over(entry)]:
-            slot = self._entries.pop(key).slot
-            self._free.append(slot)
-            self._erased.append(slot)
+            self._drop(key)
+
+    def _times(self) -> Iterator[tuple[int, bytes]]:
+        return ((entry.expires, key) for key, entry in self._entries.items() if entry.expires)
 
     def used_slots(self) -> np.ndarray:
         """int32[H], rising: the slots that hold a block. O(slots), without a loop over them."""
@@ -156,7 +169,7 @@ class HostTier:
         other._free = self._free.copy()
         other._entries = self._entries.copy()
         other._erased = self._erased.copy()
-        other.next_expiry = self.next_expiry
+        other._expiries = self._expiries.copy()
         return other
 
     def check(self) -> None:

@@ -6,10 +6,10 @@ must not keep what it holds is named for the next plan, which fills it with zero
 
 from __future__ import annotations
 
-import heapq
 from collections.abc import Mapping
 from typing import NamedTuple
 
+from engine.core.expiries import Expiries
 from engine.types import Domain
 
 
@@ -26,7 +26,6 @@ class Tag(NamedTuple):
 
 
 PUBLIC = Tag()
-_MIN_EXPIRIES = 64  # times that are kept before it pays to tidy up
 
 
 class Retention:
@@ -41,7 +40,7 @@ class Retention:
     def __init__(self) -> None:
         self.now = 0
         self._tags: dict[int, Tag] = {}
-        self._expiries: list[tuple[int, int]] = []  # a heap of (time, block); some are long past
+        self._expiries: Expiries[int] = Expiries()
         self._by_domain: dict[Domain, set[int]] = {}  # the same blocks, but for public ones
         self._erased: list[int] = []
 
@@ -73,7 +72,7 @@ class Retention:
         """Its last owner left it, and it can be found. Returns when it expires, 0 for never."""
         expires = self.expiry(self._tags[block])
         if expires:
-            heapq.heappush(self._expiries, (expires, block))
+            self._expiries.add(expires, block)
         return expires
 
     def free(self, block: int, *, erase: bool) -> None:
@@ -83,9 +82,10 @@ class Retention:
 
     def compact(self, expiries: Mapping[int, int]) -> None:
         """Drop times past caring, if most are: `expiries` are those of all cached blocks."""
-        if len(self._expiries) > 2 * len(expiries) + _MIN_EXPIRIES:
-            self._expiries = [(expires, block) for block, expires in expiries.items() if expires]
-            heapq.heapify(self._expiries)
+        self._expiries.tidy(
+            len(expiries),
+            lambda: ((expires, block) for block, expires in expiries.items() if expires),
+        )
 
     def of(self, domain: Domain | None) -> list[int]:
         """The blocks that a domain left or holds, or with None all but the public ones."""
@@ -96,15 +96,11 @@ class Retention:
     @property
     def next_expiry(self) -> int | None:
         """When there may be something in `due`, or None."""
-        return self._expiries[0][0] if self._expiries else None
+        return self._expiries.next
 
     def due(self) -> list[tuple[int, int]]:
-        """(block, when it was to expire) of what may have expired since the last call."""
-        due = []
-        while self._expiries and self._expiries[0][0] <= self.now:
-            expires, block = heapq.heappop(self._expiries)
-            due.append((block, expires))
-        return due
+        """(when it was to expire, block) of what may have expired since the last call."""
+        return self._expiries.due(self.now)
 
     @property
     def has_erased(self) -> bool:

@@ -136,26 +136,25 @@ def test_what_running_sequences_need_is_worked_out_once_in_a_while() -> None:
     assert made == [made[0] + every * (number // every) for number in range(3 * every)]
 
 
-def test_between_two_looks_what_starts_is_added() -> None:
-    """To what was worked out before, what the new one needs from now on is added."""
+@pytest.mark.parametrize("at_longest", [True, False])
+def test_between_two_looks_what_starts_is_added(at_longest: bool) -> None:
+    """At its longest if that fits, and else what it is expected to need from now on."""
     driver = crowded()
     driver.step()
     core = driver.state.core
     known = core.forecast.demand
     assert known is not None
     expected = WorkingSet(core)
-    driver.admit(make_request("z", 9, max_tokens=44))
+    driver.admit(make_request("z", 9, max_tokens=44 if at_longest else 300))
     seq = core.sequences["z"]
-    expected.has_room_for(seq)
+    assert expected.has_room_for(seq) == at_longest
     expected.add(seq, 0)
-    assert core.forecast.demand is not None
-    assert core.forecast.demand.step == known.step
-    for moment, before, after in zip(
-        known.moments, known.mean, core.forecast.demand.mean, strict=True
-    ):
+    now = core.forecast.demand
+    assert now is not None
+    assert now.step == known.step
+    for moment, before, after in zip(known.moments, known.mean, now.mean, strict=True):
         later = max(int(moment) - 2, 0)  # the next plan is the second after it
-        blocks = (9 + later) / 4 + 0.5 if later <= 44 else 0.0
-        assert after - before == pytest.approx(blocks)
+        assert after - before == (13 if at_longest else pytest.approx((9 + later) / 4 + 0.5))
 
 
 def test_who_is_preempted_is_not_expected_to_need_anything() -> None:

@@ -9,6 +9,8 @@ import pytest
 from engine.core import upkeep
 from engine.core.block_pool import BlockPool
 from engine.core.forecast import LEAST
+from engine.core.host_tier import HostTier
+from engine.core.retention import Tag
 from engine.sampling import InvalidRequest
 from engine.types import (
     Domain,
@@ -287,6 +289,23 @@ def test_times_that_are_past_caring_are_not_kept() -> None:
         driver.admit(request)
         driver.run()
     assert len(driver.state.core.pool.retention._expiries) <= 2 * 16 + 64
+
+
+def test_nor_are_those_of_blocks_in_host_memory() -> None:
+    """And of what is there, all is dropped at its last time, and nothing before."""
+    tier = HostTier(8)
+    for time in range(1, 1_000):
+        for number in range(8):
+            tier.restore(bytes([number]), Tag(ALICE, 1), time * 10 + number, 0)
+    assert len(tier._expiries) <= 2 * 8 + 64 + 8
+    assert tier.next_expiry is not None
+    for number in range(8):
+        tier.expire(9_990 + number - 1)
+        assert len(tier) == 8 - number
+    tier.expire(9_997)
+    assert len(tier) == 0
+    assert tier.next_expiry is None
+    assert sorted(tier.take_erased()) == list(range(8))
 
 
 def test_a_slot_that_gives_way_is_erased_before_it_is_filled_again() -> None:
