@@ -42,8 +42,8 @@ class PublicPrefixes:
 
     @property
     def num_blocks(self) -> int:
-        """Blocks of those that are computed; they are always owned."""
-        return sum(map(len, self.owned_blocks))
+        """Blocks of those that are computed, shared ones once; they are always owned."""
+        return len({block for blocks in self.owned_blocks for block in blocks})
 
     def check_admission(self, request: Request, limits: Limits, others: Iterable[Request]) -> None:
         """Raise InvalidRequest if a prefix can't be kept beside what is there.

@@ -26,7 +26,7 @@ from grpc_reflection.v1alpha import reflection
 from engine.config import Config, ConfigError, ServerConfig
 from engine.rpc.octavo.v1 import generation_pb2_grpc
 from engine.serve.errors import ErrorInterceptor
-from engine.serve.service import SERVICE_NAME, GenerationService
+from engine.serve.service import SERVICE_NAME, TENANT, GenerationService
 
 if TYPE_CHECKING:
     from engine.frontend import Engine, ModelInfo
@@ -199,9 +199,11 @@ def run_server(
       by itself.
 
     Raises:
-      ConfigError: callers would share one cache, and the server would not be on loopback.
+      ConfigError: callers would share one cache, and the server would not be on loopback; or
+        something is said of tenants that nobody can be.
     """
     _check_isolation(config)
+    _check_tenants(config)
 
     def load() -> Engine:
         from engine.frontend import Engine
@@ -374,6 +376,16 @@ def _check_isolation(config: Config) -> None:
         "ISOLATION IS OFF (cache.isolation: none): all callers share one cache, and each can find "
         "out what others have sent. This is for `octavo leakcheck`, and never for real prompts"
     )
+
+
+def _check_tenants(config: Config) -> None:
+    """Refuse what can't have an effect: who calls a server is always the same tenant, so far."""
+    if others := sorted(config.cache.tenant_time_to_live.keys() - {TENANT}):
+        raise ConfigError(
+            f"cache.tenant_time_to_live names {others[0]!r}, but a server has no authentication "
+            f"yet: all its callers are the tenant {TENANT!r}. Set cache.time_to_live, or "
+            "call the engine in process"
+        )
 
 
 def _is_loopback(host: str) -> bool:

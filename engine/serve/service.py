@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("octavo.serve")
 
+TENANT = Domain().tenant  # of all callers, until there is authentication
 SERVICE_NAME: str = pb.DESCRIPTOR.services_by_name["Generation"].full_name
 
 
@@ -37,11 +38,10 @@ def domain_of(
 ) -> Domain:
     """Who may share cached blocks with this request, and whose figures a caller may see.
 
-    The tenant comes from who is authenticated. There is no authentication yet, so all callers
-    are one tenant; the client's salt can only narrow the sharing.
+    The tenant is to come from who is authenticated; the client's salt can only narrow the sharing.
     """
     del context  # authentication will read it
-    return Domain(tenant="default", salt=convert.cache_salt_from_proto(request))
+    return Domain(TENANT, convert.cache_salt_from_proto(request))
 
 
 class GenerationService:

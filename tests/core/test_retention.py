@@ -179,6 +179,14 @@ def test_every_domain_shares_a_public_prefix_and_nothing_after_it() -> None:
     assert num_cached(driver, make_request(next(name), (*own, 60), domain=ALICE)) == 0
 
 
+def test_a_block_of_two_public_prefixes_is_counted_once() -> None:
+    driver = Driver(num_blocks=32)
+    pin(driver, "one", (*TEXT, 50, 51, 52, 53))
+    pin(driver, "two", (*TEXT, 60, 61, 62, 63))
+    assert driver.state.core.public.num_blocks == 5
+    assert driver.state.pool.owned == 5
+
+
 def test_a_public_prefix_outlives_pressure_flushes_and_failures() -> None:
     driver, name = Driver(), names()
     pin(driver)

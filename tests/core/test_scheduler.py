@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from engine.types import (
-    StepPlan,
-)
+from engine.types import Fork, StepPlan
 from tests.core.driver import Driver, make_request, row_of, rows_of
 
 # What a step holds.
@@ -76,6 +74,18 @@ def test_a_plan_needs_counts_and_not_values():
         driver.commit(plan, {"a": token})
     assert driver.tokens_of("a") == [11, 12, 13]
     assert driver.state.is_idle
+
+
+def test_rows_and_outputs_have_all_their_fields():
+    """They are made without their constructors, which would miss one."""
+    driver = Driver()
+    driver.admit(make_request("a", 4, max_tokens=2, n=2, forks=(Fork("f", 1),)))
+    plans = driver.run()
+    rows = [row for plan in plans for row in plan.rows]
+    assert len(rows) >= 4
+    assert driver.outputs
+    for made in (*rows, *driver.outputs):
+        assert type(made)(*made) == made
 
 
 def test_a_token_that_is_known_is_sent_and_one_that_is_not_is_left_to_the_slot():

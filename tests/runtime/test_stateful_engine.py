@@ -17,6 +17,7 @@ import threading
 import time
 from collections import Counter
 from collections.abc import Sequence
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +36,7 @@ from hypothesis.stateful import (
 from engine.config import BucketConfig, SchedulerConfig
 from engine.core.scheduler import SchedulerState
 from engine.runtime.disk_tier import DiskTier
-from engine.runtime.loop import EngineLoop
+from engine.runtime.loop import EngineLoop, EngineStopped
 from engine.types import Domain, FinishReason, Fork, Request
 from tests.engines import Result, SmallEngine, make_request, small_engine
 from tests.runtime.fake_runner import Listener
@@ -93,7 +94,7 @@ class Life:
         self.preempt_at: dict[str, int] = {}
         self.preempted: set[str] = set()  # so, or by the scheduler itself
         self.counts: Counter[str] = Counter()
-        self.wrong: list[AssertionError] = []
+        self.injected: list[Future[None]] = []
         self.fails = threading.Event()  # the next launch does
         self._samples: Counter[str] = Counter()
         self._launch = engine.runner.launch
@@ -115,7 +116,8 @@ class Life:
             name = row.request.request_id
             self._samples[name] += row.samples
             if row.samples and self._samples[name] == self.preempt_at.get(name):
-                self.loop.look(lambda state, name=name: self._preempt(state, name))
+                look = self.loop.look(lambda state, name=name: self._preempt(state, name))
+                self.injected.append(look)
         return launched
 
     def _preempt(self, state: SchedulerState, name: str) -> None:
@@ -128,19 +130,7 @@ class Life:
 
     def check(self) -> None:
         """Have the scheduler's invariants checked between two steps; what is wrong is raised."""
-        seen = threading.Event()
-
-        def look(state: SchedulerState) -> None:
-            try:
-                state.check()
-            except AssertionError as error:
-                self.wrong.append(error)
-            seen.set()
-
-        self.loop.look(look)
-        assert seen.wait(30)
-        if self.wrong:
-            raise self.wrong[0]
+        self.loop.look(lambda state: state.check()).result(30)
 
     def close(self) -> None:
         """Stop, with what is in memory written to the disk."""
@@ -152,8 +142,10 @@ class Life:
         self.counts["swapped out"] += totals.swapped_out_blocks
         self.counts["copied"] += totals.copied_blocks
         self.counts["from disk"] += self.loop.tiers.num_restored
-        if self.wrong:
-            raise self.wrong[0]
+        for injected in self.injected:
+            error = injected.exception(0)
+            if error is not None and not isinstance(error, EngineStopped):
+                raise error
 
 
 class EngineMachine(RuleBasedStateMachine):

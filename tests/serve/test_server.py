@@ -133,6 +133,13 @@ def test_a_server_without_isolation_is_for_loopback_only(host: str) -> None:
         run_server(config)
 
 
+def test_a_server_refuses_what_is_said_of_tenants_that_nobody_can_be() -> None:
+    cache = {"num_blocks": 1, "tenant_time_to_live": {"default": 5, "clinic": 60}}
+    config = from_tree({"model": {"source": "nowhere"}, "cache": cache})
+    with pytest.raises(ConfigError, match=r"names 'clinic', .*Set cache\.time_to_live"):
+        run_server(config)
+
+
 def test_a_server_without_isolation_says_so_loudly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

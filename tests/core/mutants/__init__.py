@@ -5,6 +5,6 @@ are this project's own, found by these tests and mended.
 """
 
 from tests.core.mutants import beams, pool, scheduling, sharing
-from tests.core.mutants.registry import BEAM_MUTANTS, MUTANTS
+from tests.core.mutants.registry import BEAM_MUTANTS, MUTANTS, caught
 
-__all__ = ["BEAM_MUTANTS", "MUTANTS", "beams", "pool", "scheduling", "sharing"]
+__all__ = ["BEAM_MUTANTS", "MUTANTS", "beams", "caught", "pool", "scheduling", "sharing"]

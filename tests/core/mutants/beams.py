@@ -10,7 +10,7 @@ from engine.core import (
 )
 from engine.core.beams import BeamGroup
 from engine.core.core import Core
-from tests.core.mutants.registry import Patch, beam_mutant, rewrite
+from tests.core.mutants.registry import NOTHING, Patch, beam_mutant, rewrite
 
 
 @beam_mutant
@@ -38,7 +38,7 @@ def copies_of_shared_ends_need_no_room(patch: Patch) -> None:
 
 @beam_mutant
 def a_loser_keeps_its_blocks(patch: Patch) -> None:
-    rewrite(patch, Core, "branch", "self.pool.release(seq.owned_blocks()", "str((0)")
+    rewrite(patch, Core, "branch", "self.pool.release(", NOTHING)
 
 
 @beam_mutant

@@ -10,7 +10,7 @@ from engine.core.block_pool import BlockPool
 from engine.core.core import Core
 from engine.core.sequences import Sequence, WaitingQueue
 from engine.types import Domain
-from tests.core.mutants.registry import Patch, mutant, rewrite
+from tests.core.mutants.registry import NOTHING, Patch, mutant, rewrite
 
 
 @mutant
@@ -107,7 +107,7 @@ def a_slot_is_never_returned(patch: Patch) -> None:
 
 @mutant
 def an_ended_sequence_keeps_its_blocks(patch: Patch) -> None:
-    rewrite(patch, Core, "_stop", "self.pool.release(seq.owned_blocks()", "str((0)")
+    rewrite(patch, Core, "_stop", "self.pool.release(", NOTHING)
 
 
 @mutant

@@ -22,7 +22,7 @@ def admission_ignores_the_models_context(patch: Patch) -> None:
         scheduler,
         "admit",
         "core.add(request, max_total)",
-        "core.add(request, num_prompt + request.max_tokens)",
+        "core.add(request, len(request.prompt_ids) + request.max_tokens)",
     )
 
 
@@ -158,7 +158,7 @@ def a_plan_s_block_table_changes_after_it_was_made(patch: Patch) -> None:
 
 @mutant
 def an_evicted_block_is_not_swapped_out(patch: Patch) -> None:
-    rewrite(patch, HostTier, "take_in", "yield SwapOut(evicted.block", "SwapOut(evicted.block")
+    rewrite(patch, HostTier, "take_in", "yield SwapOut(", "if False: yield SwapOut(")
 
 
 @mutant

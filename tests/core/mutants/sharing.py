@@ -14,7 +14,7 @@ from engine.core.core import Core
 from engine.core.host_tier import HostTier
 from engine.core.merging import MergingPool
 from engine.core.sequences import Sequence
-from tests.core.mutants.registry import Patch, mutant, rewrite
+from tests.core.mutants.registry import NOTHING, Patch, mutant, rewrite
 
 
 @mutant
@@ -119,7 +119,7 @@ def a_merged_block_gets_no_further_owner(patch: Patch) -> None:
 
 @mutant
 def a_block_that_was_merged_away_is_kept(patch: Patch) -> None:
-    rewrite(patch, merging, "merge_full_blocks", "core.pool.release(", "list(")
+    rewrite(patch, merging, "merge_full_blocks", "core.pool.release(", NOTHING)
 
 
 @mutant
