@@ -163,7 +163,8 @@ class DiskTier:
                     self._touched.add(name)
                     self._writers.submit(self._touch, name)
                 return True
-            if (queued := self._queued.get(name)) and queued.array is not None:
+            queued = self._queued.get(name)
+            if queued and queued.array is not None and not is_hidden:
                 return True
             # Until an old file of that name is out of the way, a new one might go with it.
             is_going = queued is not None or name in self._going
