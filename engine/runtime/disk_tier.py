@@ -144,7 +144,8 @@ class DiskTier:
             already keeps the time it has.
 
         Returns:
-          False if it was dropped: too much is waiting already, or writing is off.
+          False if it was dropped: too much is waiting already, writing is off, or its tag is being
+          flushed, or a flush of that failed.
 
         Raises:
           ValueError: the key or the array isn't of this layout.
