@@ -26,7 +26,8 @@ from engine.domain_usage import DomainUsage, UsageByDomain
 from engine.public_prefixes import read_public_prefixes
 from engine.resolve import Prompt, Resolver, deadline_after, is_quick
 from engine.runtime.figures import StepRecord
-from engine.runtime.loop import EngineLoop, EngineStopped, News, Rejected
+from engine.runtime.inbox import EngineStopped
+from engine.runtime.loop import EngineLoop, News, Rejected
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.stats import EngineStats, ModelInfo
 from engine.streams import Delta, Stream, Usage
@@ -200,10 +201,14 @@ class Engine:
         """Forget what a domain's requests left in the cache, or with None all but what is public.
 
         It is erased, in the tiers below too; what running requests hold of it, when they end. No
-        restart brings it back from disk; if its files can't be removed, that is an OSError.
+        restart brings it back from disk. If its files can't be removed, or not be looked for, that
+        is an OSError: nobody finds them, but until another flush succeeds, a restart may.
 
         Returns:
           How many blocks that nobody held were given up.
+
+        Raises:
+          QueueFull: too many flushes are in progress.
         """
         if domain is not None:
             domain = self._shared_domain(domain)

@@ -17,7 +17,7 @@ import secrets
 import stat
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Container, Iterator
 from pathlib import Path
 from typing import NamedTuple
 
@@ -28,6 +28,7 @@ from engine.runtime.block_file import (
     KEY_BYTES,
     NEVER,
     PUBLIC_TAG,
+    TAG_BYTES,
     BlockFormat,
     BlockLayout,
     Miss,
@@ -92,11 +93,17 @@ class BlockFolder:
         """Whether a block file's name is that of this layout."""
         return name.endswith(self._ending)
 
-    def has_tag(self, name: str, tag: bytes | None) -> bool:
-        """Whether a block file's name is of this layout and has that tag; None: not the public."""
-        if tag is None:
-            return self.is_of_layout(name) and not self.has_tag(name, PUBLIC_TAG)
-        return name.endswith(tag.hex() + self._ending)
+    def tag_of(self, name: str) -> bytes | None:
+        """Whose block a file is, by its name; None if it is of another layout."""
+        if not self.is_of_layout(name):
+            return None
+        return bytes.fromhex(name.removesuffix(self._ending)[-2 * TAG_BYTES :])
+
+    def has_tag(self, name: str, tags: Container[bytes | None]) -> bool:
+        """Whether a block file's name is of this layout and has one of those tags, of which None
+        stands for all but the public one."""
+        tag = self.tag_of(name)
+        return tag is not None and (tag in tags or (None in tags and tag != PUBLIC_TAG))
 
     def names(self, *, strict: bool = False) -> list[str]:
         """Block files of all layouts. Looks at names alone, so it is quick.

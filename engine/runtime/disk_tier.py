@@ -26,6 +26,7 @@ from engine.runtime.block_file import NEVER, Block, BlockLayout, Miss, as_array
 from engine.runtime.block_folder import BlockFolder
 from engine.runtime.figures import TierCounts
 from engine.runtime.file_index import FileIndex
+from engine.runtime.flushed_tags import FlushedTags
 from engine.runtime.prefix_fetch import PrefixFetch
 
 log = logging.getLogger(__name__)
@@ -114,7 +115,7 @@ class DiskTier:
         self._touched: set[str] = set()  # files whose last use is about to be written down
         self._going: set[str] = set()  # files that are being removed
         self._unremovable: set[str] = set()
-        self._flushed: list[bytes | None] = []  # tags whose files are being removed
+        self._flushed = FlushedTags()
         self._survey_lock = threading.Lock()
         self._writers = ThreadPoolExecutor(num_writers, "disk-tier-write")
         self._readers = ThreadPoolExecutor(num_readers, "disk-tier-read")
@@ -143,7 +144,8 @@ class DiskTier:
             already keeps the time it has.
 
         Returns:
-          False if it was dropped: too much is waiting already, or writing is off.
+          False if it was dropped: too much is waiting already, writing is off, or its tag is being
+          flushed, or a flush of that failed.
 
         Raises:
           ValueError: the key or the array isn't of this layout.
@@ -162,7 +164,8 @@ class DiskTier:
                     self._touched.add(name)
                     self._writers.submit(self._touch, name)
                 return True
-            if (queued := self._queued.get(name)) and queued.array is not None:
+            queued = self._queued.get(name)
+            if queued and queued.array is not None and not is_hidden:
                 return True
             # Until an old file of that name is out of the way, a new one might go with it.
             is_going = queued is not None or name in self._going
@@ -211,7 +214,7 @@ class DiskTier:
     def fetch(self, keys: Sequence[bytes]) -> Future[list[np.ndarray]]:
         """Read the blocks of consecutive keys, several at once, up to the first miss.
 
-        A block is read as of some moment before the future is done: whoever calls `forget`
+        A block is read as of some moment before the future is done: whoever calls `forget_tagged`
         meanwhile has to drop what a fetch still brings.
 
         Returns:
@@ -223,31 +226,24 @@ class DiskTier:
             fetch.start(self._readers, self._num_readers if self._open else 0)
         return fetch.future
 
-    def forget(self, keys: Iterable[bytes]) -> int:
-        """Remove blocks. Once it returns they are misses, also after a restart.
-
-        The file system may keep their bytes on the disk: nothing is overwritten. A file that it
-        refuses to remove is a miss as long as this process runs; the log says so.
-
-        Returns:
-          How many files were removed.
-        """
-        return self._forget(self._folder.name_of(key) for key in keys)
-
-    def forget_tagged(self, tag: bytes | None) -> Future[int]:
+    def forget_tagged(self, tag: bytes | None) -> Future[None]:
         """Forget all blocks of this layout with a tag, or with None all but the public ones; also
         those that other processes wrote, now or in earlier lives.
 
         They are misses from now on, and what is put under such a key is dropped until the future
         is done. Then nothing of them is in the folder, so a restart or a kill brings nothing back.
-        The files are removed on a thread of their own; nobody waits for it here.
+        If that fails, they stay misses, and nothing is written with that tag, until a later call
+        succeeds; but a restart may find them. The files are removed on a thread of their own, which
+        looks through the folder once for all tags that wait; nobody waits for it here.
 
         Returns:
-          A future of how many files were removed; of an OSError, if one of them is still there.
+          A future that has an OSError if a block is still there, or may be. Whoever asks for the
+          same tag before it is looked for has the same one, so it can't be cancelled.
         """
         with self._lock:
-            self._flushed.append(tag)
-        return self._remover.submit(self._remove_tagged, tag)
+            if not self._flushed.are_waiting:
+                self._remover.submit(self._remove_flushed)
+            return self._flushed.add(tag)
 
     @property
     def writable(self) -> bool:
@@ -274,7 +270,7 @@ class DiskTier:
         """Wait for all to be written, dropped or removed; False if `timeout` seconds pass."""
         with self._idle:
             return self._idle.wait_for(
-                lambda: not (self._queued or self._going or self._flushed), timeout
+                lambda: not (self._queued or self._going) and self._flushed.are_answered, timeout
             )
 
     def close(self, timeout: float = 10.0) -> bool:
@@ -385,45 +381,51 @@ class DiskTier:
             self._files.end_survey(files, self._queued)
             self._bytes_to_survey = self.max_bytes // _SURVEYS_PER_FILL
 
-    def _forget(self, names: Iterable[str]) -> int:
-        removed = 0
+    def _remove_flushed(self) -> None:
+        """In the remover's thread: what `forget_tagged` promised to all who have asked by now."""
+        with self._lock:
+            tags = self._flushed.begin()
+            known = [*self._queued, *self._files, *self._unremovable]
+
+        def is_flushed(name: str) -> bool:
+            return self._folder.has_tag(name, tags)
+
+        error: Exception | None = None
+        try:
+            self._forget(filter(is_flushed, known))  # also if the folder can't be listed
+            self._forget(filter(is_flushed, self._folder.names(strict=True)))
+        except Exception as caught:  # whoever waits has to hear of it, but may have left
+            error = caught
+            log.warning("a flush failed; a restart may find what it was to remove: %s", error)
+        with self._idle:  # what is half written goes when it is whole
+            self._idle.wait_for(lambda: not any(map(is_flushed, self._queued)))
+            left = collections.Counter(filter(None, map(self._folder.tag_of, self._unremovable)))
+            outcomes = self._flushed.end(left, error)
+            self._idle.notify_all()
+        for future, failure in outcomes:
+            future.set_exception(failure) if failure else future.set_result(None)
+
+    def _forget(self, names: Iterable[str]) -> None:
         for name in names:
             with self._lock:
                 if name in self._queued:
                     self._queued[name] = _FORGOTTEN
                 self._files.note(name, None)
                 self._going.add(name)
-            removed += self._remove(name)
-        return removed
-
-    def _remove_tagged(self, tag: bytes | None) -> int:
-        """In the remover's thread: what `forget_tagged` promised."""
-        try:
-            with self._lock:
-                names = {*self._queued, *self._files}
-            names.update(self._folder.names(strict=True))
-            names = {name for name in names if self._folder.has_tag(name, tag)}
-            removed = self._forget(names)
-            with self._idle:  # what is half written goes when it is whole
-                self._idle.wait_for(lambda: names.isdisjoint(self._queued))
-                left = names & self._unremovable
-            if left:
-                raise OSError(f"{len(left)} blocks that were flushed can't be removed from disk")
-            return removed
-        finally:
-            with self._lock:
-                self._flushed.remove(tag)
-                self._idle.notify_all()
+            self._remove(name)
 
     def _is_hidden(self, name: str) -> bool:
         """Under the lock: it is a miss, whatever is there; closed, flushed, or not removable."""
-        is_flushed = any(self._folder.has_tag(name, tag) for tag in self._flushed)
+        is_flushed = self._folder.has_tag(name, self._flushed.hidden)
         return is_flushed or not self._open or name in self._unremovable
 
     def _remove(self, name: str) -> bool:
         """Remove a file; one that can't be removed is a miss from now on."""
         try:
-            return self._folder.remove(name)
+            removed = self._folder.remove(name)
+            with self._lock:
+                self._unremovable.discard(name)  # an earlier try may have failed
+            return removed
         except OSError as error:
             with self._lock:
                 self._unremovable.add(name)

@@ -84,7 +84,7 @@ class TierCounts(NamedTuple):
     hits: int  # blocks
     misses: dict[Miss, int]  # blocks, by reason
     written: int  # blocks
-    dropped: int  # blocks not written: the queue was full, writing is off, or the tier was closed
+    dropped: int  # blocks not written: no room in the queue, writing off, forgotten, erased, closed
     evicted: int  # blocks, of any layout
     bytes_read: int  # of blocks, without headers
     bytes_written: int

@@ -1,8 +1,8 @@
 """The step loop: one thread that owns the scheduler state and keeps the device busy.
 
 Step N + 1 is planned, built and launched before step N's tokens are fetched, so the device
-never waits for the host. Everything reaches the loop through one inbox, which takes a bounded
-number of requests, and every piece of news leaves through one function, once a step.
+never waits for the host. Everything reaches the loop through one bounded inbox, and every piece of
+news leaves through one function, once a step.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import contextlib
 import functools
 import logging
-import queue
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -24,7 +23,17 @@ from engine.core.scheduler import SchedulerState
 from engine.runtime.clocks import CacheClock, Deadlines
 from engine.runtime.disk_tier import DiskTier
 from engine.runtime.figures import StepRecord, Totals
-from engine.runtime.inbox import Abort, Event, Flush, Look, Wake, answer, look
+from engine.runtime.inbox import (
+    STOPPED,
+    Abort,
+    EngineStopped,
+    Event,
+    Flush,
+    Inbox,
+    Look,
+    Wake,
+    answer,
+)
 from engine.runtime.recorder import Recorder
 from engine.runtime.runner import Launched, Runner
 from engine.runtime.tiers import Arrival, Tiers
@@ -33,12 +42,6 @@ from engine.sampling import InvalidRequest
 from engine.types import Domain, FinishReason, QueueFull, Request, StepOutput, StepPlan
 
 log = logging.getLogger(__name__)
-
-STOPPED = "the engine is closed, or failed; its log says why"
-
-
-class EngineStopped(RuntimeError):
-    """The engine was closed, or its loop failed; it serves nothing any more."""
 
 
 class Rejected(NamedTuple):
@@ -49,6 +52,15 @@ class Rejected(NamedTuple):
 
 
 News = Sequence[StepOutput | Rejected]
+
+
+class _Gauges(NamedTuple):
+    """Sequences running and waiting, those taken from the inbox so far, and the blocks by state."""
+
+    num_running: int
+    num_waiting: int
+    num_taken: int
+    pool: PoolCounts
 
 
 class _InFlight(NamedTuple):
@@ -90,12 +102,8 @@ class EngineLoop:
         self._runner = runner
         self._on_news = on_news
         self._state = SchedulerState.initial(limits)
-        # `submit` bounds the requests in it. Aborts always fit, so that nobody, this thread least
-        # of all, waits for room; there are never more of them than the caller has requests.
-        self._inbox: queue.SimpleQueue[Event] = queue.SimpleQueue()
-        self._num_submitted = 0  # sequences in the inbox
+        self._inbox = Inbox(limits.max_waiting)
         self._taken: list[Event] = []  # from the inbox, not dealt with yet
-        self._entry = threading.Lock()  # guards it; nothing is submitted once `_closing` is set
         self._live: dict[str, Request] = {}  # by each name that news of theirs come under
         self._deadlines = Deadlines()
         self._clock = CacheClock()
@@ -109,9 +117,8 @@ class EngineLoop:
         )
         self._recorder = Recorder(record, limits, tokens=record_tokens) if record else None
         self._waits = Waits()
-        self._closing = False
         self._last_wait_end = 0.0
-        self._gauges = (0, 0, self._state.pool)
+        self._gauges = _Gauges(0, 0, 0, self._state.pool)
         self.num_pinned_blocks = 0  # of public prefixes, after the last step
         self._thread = threading.Thread(target=self._run, name="octavo-loop", daemon=True)
         self._thread.start()
@@ -119,8 +126,8 @@ class EngineLoop:
     @property
     def gauges(self) -> tuple[int, int, PoolCounts]:
         """Sequences running and waiting, and blocks by state, after the last step."""
-        running, waiting, pool = self._gauges
-        return running, waiting + self._num_submitted + self.tiers.num_held, pool
+        running, waiting, num_taken, pool = self._gauges
+        return running, waiting + self._inbox.num_submitted - num_taken, pool
 
     @property
     def is_alive(self) -> bool:
@@ -135,36 +142,21 @@ class EngineLoop:
           QueueFull: the inbox is full.
           EngineStopped: the loop is closed, or has failed.
         """
-        with self._entry:
-            if self._closing:
-                raise EngineStopped(STOPPED)
-            num_sequences = len(request.names)
-            if num_sequences > self.limits.max_waiting:
-                raise InvalidRequest(
-                    "beam_width" if request.sampling.beam_width > 1 else "n",
-                    f"{num_sequences} sequences wait at once, but at most "
-                    f"{self.limits.max_waiting} may; ask for fewer or raise scheduler.max_waiting",
-                )
-            if self._num_submitted + num_sequences > self.limits.max_waiting:
-                raise QueueFull(
-                    f"{self.limits.max_waiting} requests are waiting already; try again later"
-                )
-            self._num_submitted += num_sequences
-            self._inbox.put(request)
+        self._inbox.submit(request)
 
     def abort(self, request_id: str, reason: FinishReason = FinishReason.ABORT) -> None:
         """End a request; unknown ids are ignored. The news says when it has ended."""
-        if not self._closing:  # which ends everything by itself
+        if not self._inbox.is_closed:  # which ends everything by itself
             self._inbox.put(Abort(request_id, reason))
 
     def flush(self, domain: Domain | None) -> Future[int]:
         """Forget what a domain left in the cache, or with None all but what is public.
 
         Returns:
-          How many cached blocks were given up; or EngineStopped.
+          How many cached blocks were given up; or EngineStopped, QueueFull, or the disk's OSError.
         """
         done: Future[int] = Future()
-        self._put(Flush(domain, done))
+        self._inbox.ask(Flush(domain, done))
         return done
 
     def look[T](self, at: Callable[[SchedulerState], T]) -> Future[T]:
@@ -173,25 +165,15 @@ class EngineLoop:
         The function must be quick, and must not keep or consume the state.
 
         Returns:
-          What it returns or raises; or EngineStopped.
+          What it returns or raises; or EngineStopped or QueueFull.
         """
         done: Future[T] = Future()
-        self._put(Look(at, done))
+        self._inbox.ask(Look(at, done))
         return done
-
-    def _put(self, event: Flush | Look) -> None:
-        with self._entry:
-            if not self._closing:
-                self._inbox.put(event)
-                return
-        event.done.set_exception(EngineStopped(STOPPED))
 
     def close(self) -> None:
         """Abort what is left and stop. Safe to call twice."""
-        with self._entry:
-            if not self._closing:
-                self._closing = True
-                self._inbox.put(None)
+        self._inbox.close()
         self._thread.join()
 
     def _run(self) -> None:
@@ -300,16 +282,9 @@ class EngineLoop:
 
     def _take_events(self, *, may_wait: bool) -> bool:
         """Take what is in the inbox. Returns whether to go on."""
-        self._taken = []
-        if may_wait:
-            with contextlib.suppress(queue.Empty):
-                self._taken = [self._inbox.get(timeout=self._timeout())]
-        # Not more than there are now, however fast they come: running requests go on.
-        self._taken += [self._inbox.get() for _ in range(self._inbox.qsize())]
+        timeout = self._timeout() if may_wait else None
+        self._taken = self._inbox.take(may_wait=may_wait, timeout=timeout)
         goes_on = self._apply(self._taken)
-        requests = [event for event in self._taken if isinstance(event, Request)]
-        with self._entry:
-            self._num_submitted -= sum(len(request.names) for request in requests)
         self._taken = []
         return goes_on
 
@@ -324,15 +299,25 @@ class EngineLoop:
             self._record(lambda recorder: recorder.tick(now))
             self._state = upkeep.tick(self._state, now)
 
-    def _flush(self, event: Flush) -> None:
-        if not event.done.set_running_or_notify_cancel():
-            return  # whoever asked has given up
+    def _flush(self, event: Flush, news: list[StepOutput | Rejected]) -> None:
+        if not self._inbox.begin(event):
+            return
+        # Requests that wait for their blocks: so that they leave nothing either.
+        self._admit_all(self.tiers.release_domain(event.domain), news)
         cached = self._state.pool.cached
         self._record(lambda recorder: recorder.flush(event.domain))
         self._state = upkeep.flush(self._state, event.domain)
         cached -= self._state.pool.cached
         removed = self.tiers.flush(event.domain, self._state.core.step)
         removed.add_done_callback(lambda disk: answer(event.done, disk.exception() or cached))
+
+    def _look(self, event: Look) -> None:
+        if not self._inbox.begin(event):
+            return
+        try:
+            answer(event.done, event.at(self._state))
+        except Exception as error:  # it must not end the step loop
+            answer(event.done, error)
 
     def _apply(self, events: Sequence[Event]) -> bool:
         """Admit and end requests, those included whose time is up. Returns whether to go on."""
@@ -349,9 +334,9 @@ class EngineLoop:
                 self._admit_all(self.tiers.release(event.request_id), news)
                 news.extend(self._end(event.request_id, event.reason))
             elif isinstance(event, Flush):
-                self._flush(event)
+                self._flush(event, news)
             elif isinstance(event, Look):
-                look(self._state, event)
+                self._look(event)
             elif isinstance(event, Request):
                 self._admit_all(self.tiers.release(*event.names), news)  # they were here first
                 if not self.tiers.hold(self._state, event):
@@ -394,10 +379,9 @@ class EngineLoop:
 
     def _fail_everything(self) -> None:
         """Tell every request, admitted or not, that the loop is gone."""
-        with self._entry:
-            self._closing = True
+        self._inbox.close()
         events = self._taken + [arrival.request for arrival in self.tiers.release()]
-        events += [self._inbox.get() for _ in range(self._inbox.qsize())]
+        events += self._inbox.take(may_wait=False)
         for event in events:
             if isinstance(event, Flush | Look):
                 answer(event.done, EngineStopped(STOPPED))
@@ -406,7 +390,7 @@ class EngineLoop:
         }
         lost |= self._live
         self._live.clear()
-        self._num_submitted = 0
+        self._gauges = _Gauges(0, 0, self._inbox.num_taken, self._gauges.pool)
         news = [
             StepOutput(name, (), FinishReason.ERROR, len(request.prompt_ids), 0)
             for name, request in lost.items()
@@ -441,7 +425,8 @@ class EngineLoop:
         """Bring the figures up to date, and then tell who asked."""
         self.totals.add_news(news)
         state = self._state
-        self._gauges = (state.num_running, state.num_waiting, state.pool)
+        num_waiting = state.num_waiting + self.tiers.num_held
+        self._gauges = _Gauges(state.num_running, num_waiting, self._inbox.num_taken, state.pool)
         self.num_pinned_blocks = state.core.public.num_blocks
         if news:
             self._on_news(news)

@@ -42,6 +42,7 @@ log = logging.getLogger(__name__)
 
 MAX_HELD_SECONDS = 5.0  # longest that a request waits for its blocks
 SAVE_SECONDS = 10.0  # longest that a close writes blocks
+_MAX_FLUSHED = 1024  # domains between two steps that are told apart
 _SAVED_AT_A_TIME = 32  # blocks that a close brings to the host at once
 _ASSUMED_BYTES_PER_SECOND = 10**9  # of reading, until it was measured
 
@@ -59,25 +60,16 @@ class Arrival(NamedTuple):
 class _Held:
     """A request that waits for blocks."""
 
-    def __init__(
-        self,
-        request: Request,
-        first: int,
-        keys: tuple[bytes, ...],
-        num_public: int,
-        until: float,
-    ):
+    def __init__(self, request: Request, first: int, keys: tuple[bytes, ...], until: float):
         self.request = request
         self.names = set(request.names)
         self.first = first
         self.keys = keys
-        self.num_public = num_public  # of them, the first
         self.until = until  # time.monotonic() seconds
         self.since = time.monotonic()
         self.future: Future[list[np.ndarray]] | None = None
         self.blocks: list[Contents] | None = None  # once they were read,
         self.seconds = 0.0  # which took so long
-        self.most = len(keys)  # of them are still wanted
 
 
 class Tiers:
@@ -152,7 +144,7 @@ class Tiers:
         until = time.monotonic() + seconds
         if request.deadline is not None:
             until = min(until, request.deadline)
-        held = _Held(request, first, keys, num_public, until)
+        held = _Held(request, first, keys, until)
         self._held.update(dict.fromkeys(request.names, held))
         held.future = self.disk.fetch(keys)
         held.future.add_done_callback(lambda future: self._take(held, future))
@@ -170,6 +162,11 @@ class Tiers:
         found = [held for held in self._requests() if not names or held.names & set(names)]
         return [self._give_back(held) for held in found]
 
+    def release_domain(self, domain: Domain | None) -> list[Arrival]:
+        """The same for all requests of a domain, or with None all."""
+        found = [held for held in self._requests() if domain in (None, held.request.domain)]
+        return [self._give_back(held) for held in found]
+
     def restore(self, state: SchedulerState, arrival: Arrival) -> SchedulerState:
         """Put an admitted request's blocks where the planner looks for them."""
         assert self._host is not None
@@ -182,21 +179,21 @@ class Tiers:
                 self.num_restored += 1
         return state
 
-    def flush(self, domain: Domain | None, next_step: int) -> Future[int]:
+    def flush(self, domain: Domain | None, next_step: int) -> Future[None]:
         """Forget what a domain left on disk, or with None all but what is public; what is on its
-        way there or back too, before the plan of that step.
+        way there too, before the plan of that step. None of its requests may be held.
 
         Nobody finds it any more. The future is done when nobody will after a restart either, or
         has the error why not; see `DiskTier.forget_tagged`.
         """
         if self.disk is None:
-            none: Future[int] = Future()
-            none.set_result(0)
+            none: Future[None] = Future()
+            none.set_result(None)
             return none
+        assert not any(domain in (None, held.request.domain) for held in self._held.values())
+        if len(self._flushed) >= _MAX_FLUSHED:
+            self._flushed = {None: next_step}  # then nobody's blocks on their way are written
         self._flushed[domain] = next_step
-        for held in self._requests():
-            if domain in (None, held.request.domain):
-                held.most = min(held.most, held.num_public)
         return self.disk.forget_tagged(None if domain is None else tag_of(domain))
 
     def keep(self, launched: Launched) -> None:
@@ -228,11 +225,12 @@ class Tiers:
             if time.monotonic() >= end:
                 break
             given = (one.key, one.domain, one.expires, contents)
-            if not self._put(*given):  # a full queue drains
+            if not (put := self._put(*given)):  # a full queue drains
                 self.disk.flush(max(0.0, end - time.monotonic()))
-                if not self._put(*given):  # a broken disk doesn't
-                    break
-            saved += 1
+                put = self._put(*given)  # nothing helps if a flush of that domain failed
+            if not self.disk.writable:
+                break
+            saved += put
         self.disk.flush(max(0.0, end - time.monotonic()))
         left = len(blocks) + len(slots) - saved
         log.info("disk tier: %d blocks written at the end, %d left out", saved, left)
@@ -269,9 +267,9 @@ class Tiers:
         for name in held.request.names:
             del self._held[name]
         held.future.cancel()  # does nothing to one that is done
-        blocks = (held.blocks or [])[: held.most]
+        blocks = held.blocks or []
         if blocks:
-            nanoseconds = int(held.seconds * 1e9) // len(held.keys)
+            nanoseconds = int(held.seconds * 1e9) // len(blocks)
             self._read_ns += (nanoseconds - self._read_ns) // 4
         return Arrival(held.request, held.first, blocks, time.monotonic() - held.since)
 

@@ -10,7 +10,7 @@ import asyncio
 import contextlib
 import logging
 import uuid
-from collections.abc import Callable, Iterator
+from collections.abc import Awaitable, Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import grpc
@@ -51,8 +51,8 @@ class GenerationService:
     that is missing here fails when the server starts.
 
     Args:
-      max_concurrent: calls of Generate, Tokenize and Detokenize in progress at once, those
-        included whose client left while a thread still works for them.
+      max_concurrent: calls of Generate, Tokenize, Detokenize and FlushCache in progress at once,
+        those included whose client left while work for them goes on.
       public_stats: whether every caller is shown GetStats.
     """
 
@@ -189,8 +189,7 @@ class GenerationService:
     ) -> pb.FlushCacheResponse:
         convert.refuse_unknown_fields(request)
         domain, engine = domain_of(context, request), self._ready_engine()
-        with self._call():
-            return pb.FlushCacheResponse(blocks=await engine.flush(domain))
+        return pb.FlushCacheResponse(blocks=await self._to_its_end(lambda: engine.flush(domain)))
 
     async def Abort(
         self, request: pb.AbortRequest, context: grpc.aio.ServicerContext
@@ -216,15 +215,25 @@ class GenerationService:
         return self._engine
 
     async def _on_thread[T](self, work: Callable[[], T]) -> T:
-        """Do the text work of a call on a thread: megabytes take a second, and streams go on.
+        """Do the text work of a call on a thread: megabytes take a second, and streams go on."""
+        loop = asyncio.get_running_loop()
+        return await self._to_its_end(lambda: loop.run_in_executor(None, work))
 
-        The call is in progress until the work ends, not until its client leaves: a thread can't
-        be stopped, and clients that call and cancel could pile up work without end.
+    async def _to_its_end[T](self, begin: Callable[[], Awaitable[T]]) -> T:
+        """Do work that can't be stopped half-way.
+
+        The call is in progress until the work ends, not until its client leaves: clients that
+        call and cancel could pile up work without end.
         """
+
+        def end(work: asyncio.Future[T]) -> None:
+            self._end_call()
+            _ = work.cancelled() or work.exception()  # its client may not be there to hear of it
+
         self._begin_call()
-        future = asyncio.get_running_loop().run_in_executor(None, work)
-        future.add_done_callback(lambda _: self._end_call())
-        return await asyncio.shield(future)
+        work = asyncio.ensure_future(begin())
+        work.add_done_callback(end)
+        return await asyncio.shield(work)
 
     @contextlib.contextmanager
     def _call(self) -> Iterator[None]:

@@ -45,7 +45,8 @@ def write_for_ever(folder: str, seed: int, ready: int) -> None:
     while True:
         for key in rng.sample(KEYS, 8):
             tier.put(key, contents(key))
-        tier.forget(rng.sample(KEYS, 2))
+        for key in rng.sample(KEYS, 2):
+            tier.forget_tagged(key[32:])  # no other key has that tag
         tier.flush(1)
         for key in rng.sample(KEYS, 2):
             block = tier.get(key)

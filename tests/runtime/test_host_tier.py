@@ -4,9 +4,8 @@ output of a real model."""
 from __future__ import annotations
 
 import dataclasses
-import threading
 from pathlib import Path
-from typing import cast
+from typing import Any, cast
 
 import jax
 import numpy as np
@@ -250,12 +249,34 @@ def test_a_slot_is_erased_where_it_lies_though_a_disk_s_thread_has_read_it(
     assert late.shape == block.shape
 
 
-def test_a_slot_is_not_erased_while_it_is_being_read() -> None:
+def test_a_slot_is_not_erased_while_it_is_being_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Both are done under one lock: what is made to be read is copied under it, too."""
     host, _, on_device = make("float32", 1, None)
-    host.swap_out(on_device, [SwapOut(3, 7, b"a")]).finish()
-    with host._reading:
-        eraser = threading.Thread(target=host.erase, args=([7],))
-        eraser.start()
-        eraser.join(0.05)
-        assert eraser.is_alive()
-    eraser.join()
+    [(_, contents)] = host.swap_out(on_device, [SwapOut(3, 7, b"a")]).finish()
+    was_locked: dict[str, bool] = {}
+    zero, make_array = host._zero, jax.make_array_from_single_device_arrays
+
+    class Copied:
+        """An array that is made to be read."""
+
+        def __init__(self, array: jax.Array):
+            self._array = array
+
+        def __array__(self, dtype: object = None, copy: bool | None = None) -> np.ndarray:
+            was_locked["copied"] = host._reading.locked()
+            return np.array(self._array)
+
+    def watched_make(*arguments: Any) -> Copied:
+        was_locked["made"] = host._reading.locked()
+        return Copied(make_array(*arguments))
+
+    def watched_zero(array: jax.Array) -> None:
+        was_locked["erased"] = host._reading.locked()
+        zero(array)
+
+    monkeypatch.setattr(jax, "make_array_from_single_device_arrays", watched_make)
+    monkeypatch.setattr(host, "_zero", watched_zero)
+    np.asarray(host.as_read_later(contents))
+    assert not host._reading.locked()
+    host.erase([7])
+    assert was_locked == {"made": True, "copied": True, "erased": True}

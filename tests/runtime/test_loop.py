@@ -17,11 +17,12 @@ from engine.core import scheduler
 from engine.core.batching import Batch
 from engine.runtime import clocks, compiles
 from engine.runtime.figures import StepRecord
-from engine.runtime.loop import EngineLoop, EngineStopped
+from engine.runtime.inbox import MAX_ASKED, EngineStopped
+from engine.runtime.loop import EngineLoop
 from engine.runtime.replay import replay
 from engine.runtime.runner import Launched
 from engine.sampling import InvalidRequest
-from engine.types import FinishReason, QueueFull, StepPlan, StepTokens
+from engine.types import Domain, FinishReason, QueueFull, StepPlan, StepTokens
 from tests.engines import SmallEngine, make_request, small_engine
 from tests.runtime.fake_runner import (
     LIMITS,
@@ -101,6 +102,28 @@ def test_figures_are_up_to_date_when_the_news_come(runner: FakeRunner) -> None:
     assert (first[0], steps_then) == (1, 1)
     assert first[2].owned == 2
     assert (last[0], last[1], last[2].owned, steps) == (0, 0, 0, 2)
+
+
+def test_nobody_is_counted_twice_on_the_way_from_the_inbox_into_the_queue(
+    runner: FakeRunner,
+) -> None:
+    seen: list[int] = []
+
+    def on_news(news: Any) -> None:
+        seen.append(sum(engine_loop.gauges[:2]))
+
+    engine_loop = EngineLoop(runner, LIMITS, on_news)  # type: ignore[bad-argument-type]
+    entered, leave = threading.Event(), threading.Event()
+    engine_loop.look(lambda _: (entered.set(), leave.wait()))
+    assert entered.wait(10)
+    for name in ("a", "b", "a"):  # the last is refused: news as soon as the others are admitted
+        engine_loop.submit(make_request(name, range(5), 1))
+    assert sum(engine_loop.gauges[:2]) == 3
+    leave.set()
+    engine_loop.look(lambda _: None).result(10)
+    engine_loop.close()
+    assert seen[0] == 2
+    assert_idle(engine_loop)
 
 
 def test_each_step_s_figures_add_up(runner: FakeRunner) -> None:
@@ -274,7 +297,7 @@ def test_close_ends_what_runs_what_waits_and_what_was_not_looked_at_yet(
         engine_loop.submit(make_request(name, range(5), FOREVER))
     closer = threading.Thread(target=engine_loop.close)
     closer.start()
-    until(lambda: engine_loop._closing)
+    until(lambda: engine_loop._inbox.is_closed)
     with pytest.raises(EngineStopped, match="closed"):
         engine_loop.submit(make_request("late", range(5), 2))
     runner.gate.set()
@@ -544,3 +567,47 @@ def test_who_looks_at_a_loop_that_fails_is_told(
     assert first.result(10)
     with pytest.raises(EngineStopped):
         waiting.result(10)
+
+
+def test_who_asks_when_too_many_do_is_refused_and_those_who_have_left_count(
+    running: tuple[EngineLoop, Listener],
+) -> None:
+    engine_loop, listener = running
+    entered, leave = threading.Event(), threading.Event()
+    first = engine_loop.look(lambda _: (entered.set(), leave.wait()))
+    assert entered.wait(10)
+    flushes = [engine_loop.flush(Domain("alice", str(number))) for number in range(MAX_ASKED)]
+    assert all(done.cancel() for done in flushes[1:])
+    with pytest.raises(QueueFull, match=f"{MAX_ASKED} calls of this kind are in progress"):
+        engine_loop.flush(None).result(10)
+    looks = [engine_loop.look(lambda state: state.num_running) for _ in range(MAX_ASKED - 1)]
+    with pytest.raises(QueueFull):
+        engine_loop.look(lambda state: state.num_running).result(10)
+    engine_loop.submit(make_request("a", range(5), 2))  # they are in nobody else's way
+    leave.set()
+    assert first.result(10)
+    assert flushes[0].result(10) == 0
+    assert [seen.result(10) for seen in looks] == [0] * len(looks)
+    assert listener.until_ended("a")[0].finish_reason is LENGTH
+    entered.clear()
+    leave.clear()
+    engine_loop.look(lambda _: (entered.set(), leave.wait()))
+    assert entered.wait(10)
+    flushes = [engine_loop.flush(None) for _ in range(MAX_ASKED)]  # there is room for all again
+    leave.set()
+    assert sum(done.result(10) for done in flushes) > 0
+
+
+def test_a_flush_counts_until_the_disk_has_done_its_part(
+    running: tuple[EngineLoop, Listener], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine_loop, _ = running
+    on_disk: Future[None] = Future()
+    monkeypatch.setattr(engine_loop.tiers, "flush", lambda domain, step: on_disk)
+    flushes = [engine_loop.flush(None) for _ in range(MAX_ASKED)]
+    engine_loop.look(lambda _: None).result(10)  # the inbox is empty
+    with pytest.raises(QueueFull):
+        engine_loop.flush(None).result(10)
+    on_disk.set_result(None)
+    assert {done.result(10) for done in flushes} == {0}
+    assert engine_loop.flush(None).result(10) == 0

@@ -137,7 +137,7 @@ def run(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Run:
         engine_loop = listener.loop = EngineLoop(engine.runner, limits, listener, str(log))
         try:
             engine_loop.submit(requests[0])
-            while engine_loop._inbox.qsize():  # it is taken alone, and waits to be admitted
+            while not engine_loop._inbox.num_taken:  # it is taken alone, and waits to be admitted
                 time.sleep(0.001)
             for request in requests[1:]:
                 engine_loop.submit(request)

@@ -14,7 +14,7 @@ from engine.core import scheduler, upkeep
 from engine.core.scheduler import SchedulerState
 from engine.runtime.block_copies import BlockEraser
 from engine.runtime.host_pool import HostPool
-from engine.runtime.loop import EngineStopped
+from engine.runtime.inbox import EngineStopped
 from engine.runtime.replay import replay
 from engine.types import Domain, SwapOut
 from tests.engines import make_request, small_engine

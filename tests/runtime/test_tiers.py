@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import errno
 import random
 import threading
 import time
@@ -234,10 +235,11 @@ def held(engine: SmallEngine, tmp_path: Path) -> Any:
     request = make_request("a", random_ids(100), 8, domain=ALICE)
     expected = warm_up(engine, tmp_path / "blocks", request).token_ids
     disk = Gate(tmp_path / "blocks", layout_of(engine))
-    loop, listener = start(engine, disk)
+    loop, listener = start(engine, disk, record=str(tmp_path / "log"))
     yield loop, listener, disk, request, expected
     loop.close()
     disk.end()
+    replay(tmp_path / "log", check=True)
 
 
 def until(condition: Callable[[], object]) -> None:
@@ -249,7 +251,8 @@ def test_who_waits_for_a_disk_holds_nobody_back(held: Any) -> None:
     loop, listener, disk, request, expected = held
     loop.submit(request)
     until(lambda: disk.asked)
-    until(lambda: loop.gauges[:2] == (0, 1))  # it leaves the inbox only now
+    until(lambda: loop.tiers.num_held)
+    assert loop.gauges[:2] == (0, 1)
     (other,) = run(loop, listener, [make_request("b", random_ids(40, seed=9), 4)])
     assert other.finish_reason is FinishReason.LENGTH
     assert listener.results["a"].finish_reason is None
@@ -265,7 +268,7 @@ def test_who_waits_can_be_aborted_and_its_forks_alone(held: Any) -> None:
     forks = (Fork("f1", 0), Fork("f2", 0))
     loop.submit(dataclasses.replace(request, forks=forks))
     until(lambda: disk.asked)
-    until(lambda: loop.gauges[:2] == (0, 3))
+    assert loop.gauges[:2] == (0, 3)
     loop.abort("f1")
     ended = listener.until_ended("a", "f1", "f2")
     assert [one.finish_reason for one in ended][1] is FinishReason.ABORT
@@ -318,20 +321,32 @@ def test_a_second_request_of_the_same_name_is_the_one_refused(held: Any) -> None
     assert listener.results["a"].token_ids == expected
 
 
+@pytest.mark.parametrize("is_read", [False, True])
 @pytest.mark.parametrize(("flushed", "cached"), [(BOB, 96), (ALICE, 0), (None, 0)])
-def test_a_flush_drops_what_is_being_read_of_its_domain(
-    held: Any, flushed: Domain | None, cached: int
+def test_who_waits_for_a_disk_at_a_flush_finds_nothing_and_leaves_nothing(
+    held: Any, flushed: Domain | None, cached: int, is_read: bool
 ) -> None:
+    """Whether its blocks have come by then, which the loop hasn't seen, or not."""
     loop, listener, disk, request, expected = held
     loop.submit(request)
     until(lambda: disk.asked)
     # Of what was asked for, all that is read is what was there before.
     found = [disk.get(key) for key in disk.asked[0]]
     disk.get = dict(zip(disk.asked[0], found, strict=True)).__getitem__
-    loop.flush(flushed).result(30)
+    entered, leave = threading.Event(), threading.Event()
+    loop.look(lambda _: (entered.set(), leave.wait()))
+    assert entered.wait(30)
+    (waiting,) = loop.tiers._requests()
+    if is_read:  # right before the flush, on the loop's thread
+        loop.look(lambda _: (disk.gate.set(), until(lambda: waiting.blocks)))
+    done = loop.flush(flushed)
+    leave.set()
+    done.result(30)
     disk.gate.set()
     (result,) = listener.until_ended("a")
     assert (result.num_cached_tokens, result.token_ids) == (cached, expected)
+    (again,) = run(loop, listener, [dataclasses.replace(request, request_id="again")])
+    assert (again.num_cached_tokens, again.token_ids) == (cached, expected)
 
 
 def domains_run(
@@ -384,9 +399,9 @@ def test_what_went_out_with_a_step_before_a_flush_is_not_written_after_it(
         tags = map(tiers.tag_of, (ALICE, BOB, None))
         return [key[n] + tag in disk for n, tag in enumerate(tags)]
 
-    assert own.flush(ALICE, 7).result(30) == 0
+    own.flush(ALICE, 7).result(30)
     assert keep(6) == [False, True, True]
-    assert own.flush(None, 8).result(30) == 1
+    own.flush(None, 8).result(30)
     assert keep(7) == [False, False, True]
     assert keep(8) == [True, True, True]
     assert disk.close(30)
@@ -483,3 +498,67 @@ def test_the_step_loop_survives_a_failed_step_with_blocks_from_disk(
     monkeypatch.setattr(runner, "launch", launch)
     (again,) = run(loop, listener, [dataclasses.replace(request, request_id="b")])
     assert (again.num_cached_tokens, again.token_ids) == (96, expected)
+
+
+def test_the_time_of_a_read_is_that_of_the_blocks_that_came(
+    engine: SmallEngine, tmp_path: Path
+) -> None:
+    disk = DiskTier(tmp_path / "blocks", MAX_BYTES, layout_of(engine))
+    own = tiers.Tiers(disk, engine.runner.host, engine.limits, lambda: None, lambda: 0.0)
+    keys = [bytes([number]) * 40 for number in range(3)]
+    block = np.zeros(disk.layout.shape, disk.layout.dtype)
+    for key in keys[:2]:
+        assert disk.put(key, block)
+    waiting = tiers._Held(make_request("a", random_ids(100), 8), 0, tuple(keys), 0.0)
+    waiting.future = disk.fetch(keys)
+    own._held["a"] = waiting
+    own._take(waiting, waiting.future)
+    waiting.seconds = 0.008
+    before = own._read_ns
+    (arrival,) = own.release()
+    assert len(arrival.blocks) == 2
+    assert own._read_ns == before + (4_000_000 - before) // 4
+    assert disk.close(30)
+
+
+def test_flushes_while_nothing_runs_are_not_remembered_without_end(
+    engine: SmallEngine, tmp_path: Path
+) -> None:
+    """Only steps make that they are forgotten. A client can invent domains without end."""
+    disk = DiskTier(tmp_path / "blocks", MAX_BYTES, layout_of(engine))
+    own = tiers.Tiers(disk, engine.runner.host, engine.limits, lambda: None, lambda: 0.0)
+    for number in range(3000):
+        own.flush(Domain("alice", str(number)), 7)
+        assert len(own._flushed) <= 1024
+    assert disk.close(30)
+
+
+@pytest.mark.parametrize(("failed", "cached"), [(ALICE, [0, 96]), (BOB, [96, 0])])
+def test_a_close_writes_the_others_blocks_though_a_flush_failed(
+    engine: SmallEngine,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    failed: Domain,
+    cached: list[int],
+) -> None:
+    """What can't be written for one domain, whose old blocks may be there, ends nothing else."""
+    folder = tmp_path / "blocks"
+    prompts = [random_ids(100, seed=number) for number in range(2)]
+    requests = [
+        make_request(domain.tenant, prompt, 2, domain=domain)
+        for domain, prompt in zip((ALICE, BOB), prompts, strict=True)
+    ]
+    disk = DiskTier(folder, MAX_BYTES, layout_of(engine))
+    loop, listener = start(engine, disk)
+    with monkeypatch.context() as patch:
+        patch.setattr(disk._folder, "names", raise_too_many_files)
+        with pytest.raises(OSError, match="Too many open files"):
+            loop.flush(failed).result(30)
+    run(loop, listener, requests)
+    loop.close()
+    assert disk.close(30)
+    assert domains_run(engine, folder, requests) == cached
+
+
+def raise_too_many_files(**_: bool) -> list[str]:
+    raise OSError(errno.EMFILE, "Too many open files")

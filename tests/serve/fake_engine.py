@@ -60,6 +60,7 @@ class FakeEngine(Engine):
       ending, stop_reason: how every answer ends, if set.
       padding: added to the text of every delta.
       yielded: deltas given so far.
+      flushed: whose flushes began; they end only while `flushing` is set.
     """
 
     def __init__(self) -> None:
@@ -74,6 +75,8 @@ class FakeEngine(Engine):
         self.yielded = 0
         self.is_closed = False
         self.flushed: list[Domain | None] = []
+        self.flushing = asyncio.Event()
+        self.flushing.set()
 
     async def generate(
         self,
@@ -181,6 +184,9 @@ class FakeEngine(Engine):
 
     async def flush(self, domain: Domain | None) -> int:
         self.flushed.append(domain)
+        if self.error is not None:
+            raise self.error
+        await self.flushing.wait()
         return 7
 
     def close(self) -> None:

@@ -23,9 +23,9 @@ from engine.domain_usage import DomainUsage
 from engine.frontend import EngineStats
 from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.serve.server import AddressUnavailable, Server, run_server, serve
-from engine.types import Domain, FinishReason
+from engine.types import Domain, FinishReason, QueueFull
 from tests.conftest import ROOT
-from tests.serve.fake_engine import FakeEngine, collect
+from tests.serve.fake_engine import FakeEngine, collect, until
 
 SERVING = health_pb2.HealthCheckResponse.SERVING
 NOT_SERVING = health_pb2.HealthCheckResponse.NOT_SERVING
@@ -318,3 +318,40 @@ async def test_a_flush_is_of_the_callers_own_domain(client: AsyncClient, fake: F
     assert fake.flushed == [Domain("default", "salt"), Domain("default", "")]
     with pytest.raises(ServiceError, match="cache_salt"):
         await client.flush("x" * 257)
+
+
+async def test_flushes_that_were_cancelled_count_until_they_are_done(fake: FakeEngine) -> None:
+    """Files that are being removed can't be left there: who calls and cancels piles up no work."""
+    fake.flushing.clear()
+    server = Server(ServerConfig(port=0, max_concurrent=2), grace=0.05)
+    await server.start()
+    await server.set_engine(fake)
+    try:
+        async with AsyncClient(server.address) as client:
+            for number in range(2):
+                task = asyncio.create_task(client.flush(str(number)))
+                await until(lambda most=number: len(fake.flushed) > most)
+                task.cancel()
+                with pytest.raises(asyncio.CancelledError):
+                    await task
+            await asyncio.sleep(0.1)  # for the server to hear of it
+            with pytest.raises(ServiceError, match="2 calls are in progress") as refused:
+                await client.flush("one too many")
+            assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+            assert len(fake.flushed) == 2
+            fake.flushing.set()
+            await until(lambda: server._service._num_calls == 0)
+            assert await client.flush() == 7
+    finally:
+        fake.flushing.set()
+        await server.stop()
+
+
+async def test_a_flush_that_is_one_too_many_is_told_to_come_again(
+    client: AsyncClient, fake: FakeEngine
+) -> None:
+    fake.error = QueueFull("128 flushes are in progress already; try again later", retry_after=2.5)
+    with pytest.raises(ServiceError, match="128 flushes are in progress") as refused:
+        await client.flush()
+    assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+    assert refused.value.retry_after == 2.5

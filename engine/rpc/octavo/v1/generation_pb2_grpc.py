@@ -127,6 +127,8 @@ class GenerationServicer(object):
     def FlushCache(self, request, context):
         """Forgets what the caller's own requests left in the cache: those of its tenant with the given
         cache_salt. It is erased at once, but for what running requests hold: that, when they end.
+        INTERNAL if files of it may be left on the server's disk: nobody finds them, but the server's
+        next start may; call again. A call that is cancelled is done all the same.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')
