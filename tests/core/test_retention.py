@@ -316,6 +316,15 @@ def test_nor_are_those_of_blocks_in_host_memory() -> None:
     assert sorted(tier.take_erased()) == list(range(8))
 
 
+def test_what_expires_together_goes_in_the_order_it_came() -> None:
+    """And not by key: in the replay of a log that holds hashes, keys are others."""
+    tier = HostTier(4)
+    keys = [bytes([number]) for number in (3, 1, 4, 2)]
+    slots = [tier.restore(key, Tag(ALICE, 1), 10, 0) for key in keys]
+    tier.expire(10)
+    assert tier.take_erased() == slots
+
+
 def test_a_slot_that_gives_way_is_erased_before_it_is_filled_again() -> None:
     driver = Driver(num_blocks=4, host_blocks=2)
     num_cached(driver, make_request("a", 12, domain=ALICE, cache_ttl=500, max_tokens=1))
