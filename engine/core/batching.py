@@ -71,12 +71,8 @@ def choose_bucket(plan: StepPlan, buckets: tuple[Bucket, ...]) -> Bucket:
     lengths, num_seqs = [row.num_tokens for row in plan.rows], len(plan.rows)
     num_tokens, decodes_only = sum(lengths), max(lengths) <= 1
     for bucket in buckets:
-        is_decode = bucket.num_tokens == bucket.num_seqs
-        if (
-            bucket.num_tokens >= num_tokens
-            and bucket.num_seqs >= num_seqs
-            and (decodes_only or not is_decode)
-        ):
+        fits = bucket.num_tokens >= num_tokens and bucket.num_seqs >= num_seqs
+        if fits and (decodes_only or bucket.num_tokens > bucket.num_seqs):
             return bucket
     raise AssertionError(f"{num_tokens} tokens of {num_seqs} sequences fit none of {buckets}")
 
@@ -109,14 +105,15 @@ def build(plan: StepPlan, buckets: tuple[Bucket, ...], sink_slot: int) -> Batch:
     batch.token_rows[:total] = np.repeat(np.arange(num_rows, dtype=np.int32), length)
     first_position = np.repeat(start - starts[:num_rows], length)
     batch.positions[:total] = np.arange(total, dtype=np.int32) + first_position
-    batch.token_ids[:total] = [
-        token
-        for chunk, count in zip(chunks, lengths, strict=True)
-        for token in chunk or (UNKNOWN_TOKEN,) * count
-    ]
+    batch.token_ids[:total] = UNKNOWN_TOKEN
+    for index, chunk in enumerate(chunks):
+        if chunk:
+            batch.token_ids[starts[index] : starts[index] + len(chunk)] = chunk
     batch.kv_lens[:num_rows] = np.where(length > 0, start + length, 0)
-    for index, block_ids in enumerate(tables):
-        batch.block_tables[index, : block_ids.size] = block_ids
+    sizes = np.array([table.size for table in tables])  # one store for all, as each has its price
+    firsts = np.arange(num_rows) * bucket.num_blocks - np.cumsum(sizes) + sizes
+    places = np.arange(sizes.sum()) + np.repeat(firsts, sizes)
+    batch.block_tables.reshape(-1)[places] = np.concatenate(tables)
     batch.slots[:num_rows] = slots
     batch.samples[:num_rows] = samples
     last = starts[1:] - 1

@@ -139,7 +139,8 @@ def _needs_block(seq: Sequence, core: Core) -> bool:
     """Whether the next position has no place yet, or one in a block that is another's too."""
     if seq.num_computed == seq.num_blocks * core.block_size:
         return True
-    return seq.shares_tail and core.pool.is_shared(seq.tail(core.block_size))
+    seq.shares_tail = seq.shares_tail and core.pool.is_shared(seq.tail(core.block_size))
+    return seq.shares_tail
 
 
 def _give_block(seq: Sequence, core: Core, copies: list[BlockCopy]) -> None:
@@ -160,12 +161,13 @@ def _admit_waiting(
     """Start waiting requests, strictly in order. Returns what holds the next one back."""
     block_size = limits.block_size
     expected: WorkingSet | None = None
+    num_free = core.num_unclaimed_slots if core.waiting.first() else 0
     while (seq := core.waiting.first()) is not None:
         if seq.num_pending:
             return "token"  # preempted with one on the way, which the recomputation needs
         if budget <= 0:
             return "budget"
-        unclaimed = core.num_unclaimed_slots - len(seq.forks)
+        unclaimed = num_free - len(seq.forks)
         if unclaimed <= 0:
             return "slots"
         num_known = len(seq.token_ids)
@@ -191,6 +193,7 @@ def _admit_waiting(
             return "forecast"
         expected.add(seq, num_shared)
         restored = core.start(seq, hits, len(slots))
+        num_free = unclaimed - 1
         swap_ins += map(SwapIn, slots, restored)
         if restored:  # they are there before the step, so even this plan may match them
             name_full_blocks(seq, core, limits)

@@ -256,9 +256,9 @@ def _output(
     reason: FinishReason | None,
     logprobs: tuple[TokenLogprobs, ...],
 ) -> StepOutput:
-    prompt_logprobs: tuple[TokenLogprobs, ...] = ()
+    of_prompt: tuple[TokenLogprobs, ...] = ()
     if seq.prompt_logprobs and token_ids and len(seq.token_ids) == seq.num_prompt + 1:
-        prompt_logprobs = tuple(seq.prompt_logprobs)
+        of_prompt = tuple(seq.prompt_logprobs)
         seq.prompt_logprobs.clear()  # kilobytes a token, and they are delivered once
-    name, counts = seq.request.request_id, (seq.num_prompt, seq.num_cached_tokens)
-    return _make_output((name, token_ids, reason, *counts, logprobs, prompt_logprobs, None, None))
+    name, prompt, cached = seq.request.request_id, seq.num_prompt, seq.num_cached_tokens
+    return _make_output((name, token_ids, reason, prompt, cached, logprobs, of_prompt, None, None))
