@@ -261,12 +261,15 @@ class EngineMachine(RuleBasedStateMachine):
         self.life.fails.set()
 
     @precondition(lambda self: len(self.asked) > 3)
-    @rule()
-    def restart(self) -> None:
-        """Close when all is answered, and start again on the same folder."""
+    @rule(own=st.integers(1, 24))
+    def restart(self, own: int) -> None:
+        """Close when all is answered, start again on the same folder, and go on with a chat."""
         self.finish()
         self.counts["restarts"] += 1
         self.open()
+        self.submit(
+            "greedy", 1 + len(self.said[-2:]), own, 8, ALICE, is_private=False, preempt_at=2
+        )
 
     @invariant()
     def is_sound(self) -> None:
