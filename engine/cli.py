@@ -203,7 +203,10 @@ def flush(*, address: str = "127.0.0.1:50051", cache_salt: str = "") -> int:
     except ServiceError as error:
         print(f"octavo: {error.details}", file=sys.stderr)
         return 1
-    print(f"{blocks} cached blocks were given up; what running requests hold goes when they end")
+    print(
+        f"Forgotten: {blocks} blocks that were cached on the device, and all that lay in host "
+        "memory and on disk. What running requests hold goes when they end"
+    )
     return 0
 
 

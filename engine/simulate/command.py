@@ -94,6 +94,10 @@ def simulate(
         raise ValueError(f"max_tokens is {max_tokens}; it must be at least 1")
     if block_size < 1:
         raise ValueError(f"block_size is {block_size}; it must be at least 1")
+    if host_memory is not None and not prefix_reuse:
+        raise ValueError("host_memory keeps blocks for reuse, which no-prefix-reuse turns off")
+    if html is not None and not html.parent.is_dir():
+        raise ValueError(f"html is {html}, but there is no folder {html.parent}; make it first")
     blocks = _blocks(cost, num_blocks, memory, block_size)
     host_blocks = 0 if host_memory is None else cost.blocks_in(parse_size(host_memory), block_size)
     if trace is None:
@@ -123,6 +127,11 @@ def simulate(
     )
     recordings = [Recording(name) for name in names] if html else []
     reports = _run_all(stream, limits, cost, names, max_tokens, recordings)
+    if not any(report.finished for report in reports):
+        raise ValueError(
+            f"none of the {len(stream):,} requests fits in a context of {max_model_len:,} tokens "
+            f"and {blocks:,} blocks of {block_size}; give more of either"
+        )
     console = console or Console()
     if json:
         document = {

@@ -125,6 +125,9 @@ def test_a_trace_takes_the_place_of_the_drawn_stream(tmp_path: Path) -> None:
         ({"requests": 0}, "requests is 0"),
         ({"host_memory": "much"}, "is not a size"),
         ({"system_share": -1.0}, "system_share is -1"),
+        ({"host_memory": "1GiB", "prefix_reuse": False}, "which no-prefix-reuse turns off"),
+        ({"html": Path("nowhere/out.html")}, "there is no folder nowhere"),
+        ({"num_blocks": 1}, "none of the .* requests fits in a context"),
     ],
 )
 def test_a_wrong_option_is_named(options: dict[str, Any], message: str) -> None:
