@@ -165,8 +165,8 @@ class EngineMachine(RuleBasedStateMachine):
         """Open the first engine."""
         self.folder = tempfile.TemporaryDirectory()
         self.limits = {"num_blocks": num_blocks, "host_blocks": host_blocks}
-        if costs:  # so that some are swapped, some computed again
-            self.limits |= {"compute_ns": 1000, "swap_in_ns": 9000}
+        if costs:  # so that some are swapped, some computed again; and the disk is quick enough
+            self.limits |= {"compute_ns": 1_000_000, "swap_in_ns": 9_000_000}
         self.public = public and num_blocks > 12
         self.said: list[tuple[int, ...]] = []
         self.asked: dict[str, Request] = {}
@@ -263,13 +263,13 @@ class EngineMachine(RuleBasedStateMachine):
     @precondition(lambda self: len(self.asked) > 3)
     @rule(own=st.integers(1, 24))
     def restart(self, own: int) -> None:
-        """Close when all is answered, start again on the same folder, and go on with a chat."""
+        """Begin a chat, close when all is answered, start again on the folder, and go on."""
+        self.submit("greedy", 1, own, 8, ALICE, is_private=False, preempt_at=2)
         self.finish()
         self.counts["restarts"] += 1
         self.open()
-        self.submit(
-            "greedy", 1 + len(self.said[-2:]), own, 8, ALICE, is_private=False, preempt_at=2
-        )
+        latest = 1 + len(self.said[-2:])
+        self.submit("greedy", latest, own, 8, ALICE, is_private=False, preempt_at=2)
 
     @invariant()
     def is_sound(self) -> None:
