@@ -19,7 +19,7 @@ from engine.config import Config, ConfigError
 
 
 class _SizeError(ConfigError):
-    """A text that is no size; the caller knows which key it belongs to."""
+    """A text that is no number or size; the caller knows which key it belongs to."""
 
 
 def load(path: str | Path, overrides: Iterable[str] = ()) -> Config:
@@ -69,7 +69,7 @@ def parse_size(text: str | int) -> int:
         return text
     match = _SIZE.fullmatch(text.strip()) if isinstance(text, str) else None
     if not match:
-        raise _SizeError(f"{text!r:.80} is not a size; write it like 16GiB, 512MiB or 32K")
+        raise _SizeError(f"{text!r:.80} is not a number; write it like 4096, 512MiB or 32K")
     number, unit = match.groups()
     base = 1000 if len(unit) == 2 and unit[1] == "B" else 1024
     size = Fraction(number) * base ** _POWER.get(unit[:1], 0)

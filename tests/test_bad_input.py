@@ -58,7 +58,7 @@ def generate(config: Path, *more: object, output: object = None) -> tuple[object
         ("nonsense=1", ("unknown key nonsense", "known: model, mesh, cache")),
         ("model.dtype=float16", ("model.dtype is 'float16'", "float32, bfloat16")),
         ("model.dtype", ("--set takes key=value",)),
-        ("cache.num_blocks=lots", ("cache.num_blocks", "'lots' is not a size", "16GiB")),
+        ("cache.num_blocks=lots", ("cache.num_blocks", "'lots' is not a number", "512MiB")),
         ("cache.num_blocks=-1", ("cache.num_blocks is -1", "at least 1")),
         ("cache.block_size=17", ("cache.block_size is 17", "power of two from 8 to 256")),
         ("cache.memory=1MiB", ("either cache.num_blocks or cache.memory",)),
@@ -212,7 +212,7 @@ def test_sampling_options_that_are_out_of_range(
 
 def test_a_size_of_memory_that_is_none(octavo: CommandLine) -> None:
     path = ROOT / "configs" / "llama3-8b-v5e-8.yaml"
-    assert_refused(octavo, ("plan", "-c", path, "--hbm", "big"), "'big' is not a size")
+    assert_refused(octavo, ("plan", "-c", path, "--hbm", "big"), "'big' is not a number")
 
 
 DISK_FULL = """
