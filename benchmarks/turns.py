@@ -139,9 +139,11 @@ def run(
     logging.basicConfig(level=logging.WARNING)
     logging.getLogger("engine.loading").setLevel(logging.INFO)
     found: list[Figures] = []
+    longest = (sizes.turns + 1) * (TURN_TOKENS + ANSWER_TOKENS)  # with the turn after a restart
+    fitted = (f"model.max_model_len={longest}", *overrides)  # or the small pool is refused
 
     def open_engine(*options: str) -> Engine:
-        return Engine.from_config(config_file.load(config, (*overrides, *options)))
+        return Engine.from_config(config_file.load(config, (*fitted, *options)))
 
     def hold(name: str, engine: Engine, chats: Chats, turns: int) -> None:
         begin = time.perf_counter()

@@ -74,7 +74,7 @@ def test_chats_of_several_turns_are_held_in_each_case(tmp_path: Path) -> None:
     model = write_model(tmp_path / "model")
     config = write_config(tmp_path / "a.yaml", model, **{"cache.num_blocks": None})
     sizes = turns.Sizes(users=3, turns=4, active=1, small="128KiB", host="1MiB", disk="64MiB")
-    options = ("cache.memory=2MiB", "model.max_model_len=256", "cache.swap=always")
+    options = ("cache.memory=2MiB", "cache.swap=always")
     cases = ("small", "host")
     assert turns.run(config, options, sizes, cases, rounds=1, restart=True, folder=tmp_path) == 0
     (report,) = tmp_path.glob("turns-*.json")
