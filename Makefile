@@ -8,7 +8,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.octavo-ready
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
-PROTO := proto/octavo/v1/generation.proto
+PROTO := $(wildcard proto/octavo/v1/*.proto)
 
 CONFIG ?= configs/smollm2-135m-cpu.yaml
 ARGS ?=
@@ -42,6 +42,18 @@ serve: setup ## start the gRPC server; CONFIG=… and ARGS=… (such as --set se
 .PHONY: test
 test: setup ## run all tests; PYTEST_ARGS=… selects (such as tests/core -x)
 	$(BIN)/python -m pytest $(PYTEST_ARGS)
+
+.PHONY: cluster
+cluster: setup cluster-venv ## two workers behind the SMG gateway (OpenAI, Anthropic); CONFIG=…
+	@exec $(BIN)/python -m scripts.cluster --config $(CONFIG) $(ARGS)
+
+.PHONY: cluster-venv
+cluster-venv: $(READY) ## .venv-cluster: the gateway and OpenAI's client, from PyPI (also for the tests)
+	@scripts/make_cluster_venv.sh .venv-cluster
+
+.PHONY: gateway-test
+gateway-test: setup cluster-venv ## the gateway's tests, over SmolLM2 instead of a tiny model
+	OCTAVO_GATEWAY_CONFIG=$(CONFIG) $(BIN)/python -m pytest tests/serve/vllm/test_gateway.py $(ARGS)
 
 .PHONY: browser
 browser: $(READY) ## the page's tests in a headless Chromium; says what is missing if there is none
@@ -99,6 +111,19 @@ kills: $(READY) ## kill -9 whole engines while they write their disk tier; OCTAV
 	OCTAVO_KILLS=$(OCTAVO_KILLS) \
 		$(BIN)/python -m pytest tests/runtime/test_engine_kills.py --timeout 0 -s $(ARGS)
 
+.PHONY: lm-eval
+lm-eval: setup ## score SmolLM2 with lm-eval over HTTP, and compare with a direct computation
+	@scripts/make_client_venv.sh .venv-lm-eval tests/lm_eval/requirements.txt
+	$(BIN)/python -m tests.lm_eval.check .venv-lm-eval/bin/lm_eval $(ARGS)
+
+.PHONY: survival
+survival: $(READY) ## every attack on a server as often as an attacker would (long)
+	OCTAVO_SURVIVAL=1 $(BIN)/python -m pytest tests/survival --timeout 0 -n 0 $(ARGS)
+
+.PHONY: soak
+soak: $(READY) ## a server at capacity with failures, every token compared; ARGS="--minutes 30"
+	$(BIN)/python -m benchmarks soak $(ARGS)
+
 .PHONY: bench
 bench: setup ## benchmarks/, as docs/benchmarks/ reports them; ARGS=…
 	$(BIN)/python -m benchmarks $(ARGS)
@@ -123,4 +148,4 @@ clean: ## remove caches and build output
 
 .PHONY: distclean
 distclean: clean ## clean, and remove .venv and the fetched model
-	rm -rf $(VENV) .venv-gpu $(MODEL)
+	rm -rf $(VENV) .venv-gpu .venv-lm-eval .venv-cluster $(MODEL)

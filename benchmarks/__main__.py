@@ -78,6 +78,32 @@ def engine(
 
 
 @app.command
+def structured(
+    *,
+    config: Annotated[Path, Parameter(name=["--config", "-c"])] = Path(
+        "configs/smollm2-135m-cpu.yaml"
+    ),
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    requests: int = 200,
+    rounds: int = 2,
+    output: Path = RESULTS,
+) -> int:
+    """Whether outputs validate against their JSON schemas, and what that costs.
+
+    Args:
+      config: a YAML file.
+      set_: key=value that replaces the config's, dotted.
+      requests: with one of twenty schemas each; as many without are mixed in.
+      rounds: of these, and of the same requests without any constraint.
+      output: folder for the JSON.
+    """
+    from benchmarks import structured as benchmark
+
+    overrides = tuple(set_ or ())
+    return benchmark.run(config, overrides, requests=requests, rounds=rounds, folder=output)
+
+
+@app.command
 def eviction(*, requests: int = 1000, seed: int = 0, output: Path = RESULTS) -> int:
     """Hit rates of orders of eviction on simulated chats, beside the optimum; any machine.
 
@@ -183,6 +209,57 @@ def turns(
         restart=restart,
         folder=output,
     )
+
+
+@app.command
+def streaming(
+    *,
+    config: Annotated[Path, Parameter(name=["--config", "-c"])] = Path(
+        "configs/smollm2-135m-cpu.yaml"
+    ),
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    streams: int = 16,
+    requests: int | None = None,
+    input_len: int = 64,
+    output_len: int = 128,
+    rounds: int = 5,
+    step_ms: float | None = None,
+    output: Path = RESULTS,
+) -> int:
+    """Stream the same requests in process and over gRPC, in turn, through one engine.
+
+    Args:
+      config: a YAML file; one for fewer sequences at once gets as many as there are streams.
+      set_: key=value that replaces the config's, dotted.
+      streams: that are open at once.
+      requests: in all; as many as streams if left out.
+      input_len: tokens of each prompt.
+      output_len: tokens of each answer.
+      rounds: of each way, after one that doesn't count.
+      step_ms: steps take so many milliseconds and compute nothing: what the host can carry.
+      output: folder for the JSON.
+    """
+    from benchmarks import streaming as benchmark
+
+    sizes = benchmark.Sizes(streams, requests or streams, input_len, output_len)
+    return benchmark.run(
+        config, tuple(set_ or ()), sizes, rounds=rounds, step_ms=step_ms, folder=output
+    )
+
+
+@app.command
+def soak(*, minutes: float = 30.0, cases: int = 96, seed: int = 0, output: Path = RESULTS) -> int:
+    """Load a server with a tiny model beyond its capacity, have steps fail, compare every token.
+
+    Args:
+      minutes: how long.
+      cases: different requests, whose outputs are computed beforehand.
+      seed: of the requests, and of what clients do.
+      output: folder for the JSON.
+    """
+    from benchmarks import soak as benchmark
+
+    return benchmark.run(minutes=minutes, cases=cases, seed=seed, folder=output)
 
 
 @app.command(help_flags=[])

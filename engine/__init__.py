@@ -9,11 +9,11 @@ through them.
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["LLM", "SamplingParams", "__version__"]
+__all__ = ["LLM", "Constraint", "SamplingParams", "__version__"]
 
 if TYPE_CHECKING:
     from engine.llm import LLM
-    from engine.sampling import SamplingParams
+    from engine.sampling import Constraint, SamplingParams
 
 
 def __getattr__(name: str) -> Any:
@@ -22,8 +22,8 @@ def __getattr__(name: str) -> Any:
         from engine.llm import LLM
 
         return LLM
-    if name == "SamplingParams":
-        from engine.sampling import SamplingParams
+    if name in ("Constraint", "SamplingParams"):
+        from engine import sampling
 
-        return SamplingParams
+        return getattr(sampling, name)
     raise AttributeError(f"module 'engine' has no attribute {name!r}")

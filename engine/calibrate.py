@@ -140,6 +140,7 @@ def calibrate(
         loaded.architecture.vocab_size,
         loaded.eos_token_ids,
         config.cache,
+        loaded.grammars,
     )
     if prompts is None:
         prompts = _default_prompts(loaded.tokenizer)

@@ -13,6 +13,7 @@ import sys
 from typing import TextIO
 
 from engine.client import DEFAULT_ADDRESS, AsyncClient, ServiceError
+from engine.credentials import Credentials
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.types import FinishReason
 
@@ -31,6 +32,7 @@ def chat(
     *,
     system: str | None = None,
     sampling: SamplingParams | None = None,
+    credentials: Credentials | None = None,
 ) -> int:
     """Talk to a server. The implementation of `octavo chat`.
 
@@ -39,11 +41,13 @@ def chat(
       message: what to say; None starts a conversation that reads from stdin.
       system: a system message that comes before everything else.
       sampling: how tokens are chosen; the engine's defaults if None.
+      credentials: for servers that ask who one is.
 
     Returns:
       The exit code: 0, 1 after an error, or 130 if Ctrl-C ended the only answer.
     """
-    conversation = _Conversation(address, system, sampling or SamplingParams())
+    client = AsyncClient(address, credentials)
+    conversation = _Conversation(client, system, sampling or SamplingParams())
     # The runner turns Ctrl-C into a cancellation of what it runs, and the loop lives on.
     with asyncio.Runner() as runner:
         runner.run(conversation.connect())
@@ -95,8 +99,8 @@ def _converse(runner: asyncio.Runner, conversation: _Conversation) -> int:
 class _Conversation:
     """The messages so far, and the server that answers them."""
 
-    def __init__(self, address: str, system: str | None, sampling: SamplingParams):
-        self._client = AsyncClient(address)
+    def __init__(self, client: AsyncClient, system: str | None, sampling: SamplingParams):
+        self._client = client
         self._system = system
         self._sampling = sampling
         self._messages: list[dict[str, str]] = []

@@ -5,7 +5,7 @@ Nothing heavy is imported here, so that `octavo --help` answers at once.
 
 from __future__ import annotations
 
-import logging
+import dataclasses
 import os
 import sys
 from pathlib import Path
@@ -15,7 +15,10 @@ import cyclopts
 from cyclopts import Parameter
 
 from engine import __version__
+from engine.connect_options import ConnectOptions
+from engine.observe import logs
 from engine.progress import ProgressBar
+from engine.server_config import check_server
 
 app = cyclopts.App(
     name="octavo",
@@ -38,7 +41,14 @@ confidence interval of its AUC leaves out 0.5. Silence counts only where the con
 an AUC above 0.95. Exits with 1 if a channel leaks, with 2 if silence on one means nothing.
 """,
 )
+app.command("engine.operate:pause", help="Have a server begin no step, until it is resumed.")
+app.command("engine.operate:resume", help="Have a paused server go on.")
+app.command("engine.operate:reload", help="Have a server exchange its weights; the queue is kept.")
 app.command("engine.bench.cli:bench", name="bench", help="Measure an engine or a server.")
+app.command("engine.top.command:top", help="Watch a server at work: a table that renews itself.")
+app.command("engine.new_key:key", help="Make an API key, and the line of the access file for it.")
+
+_CONNECT = ConnectOptions()
 
 ConfigPath = Annotated[Path, Parameter(name=["--config", "-c"])]
 Overrides = Annotated[
@@ -56,6 +66,7 @@ def serve(
     record_tokens: Path | None = None,
     http: str | None = None,
     http_public: Annotated[bool, Parameter(negative=())] = False,
+    log_format: Literal["text", "json"] | None = None,
 ) -> int:
     """Serve a model over gRPC until interrupted.
 
@@ -64,22 +75,41 @@ def serve(
       record: write the scheduler's event log here, for `octavo replay`. It holds counts and
         hashes: no text, no token ids, no names that clients chose.
       record_tokens: write it here with prompts and outputs in full.
-      http: [host:]port of a page that shows the cache, block by block; 0 takes a free port.
-      http_public: let it listen beyond this machine. It shows the requests of all tenants to
-        whoever reaches it, as there is no authentication yet.
+      http: [host:]port of the OpenAI API, of a page that shows the cache, block by block, and of
+        /metrics for Prometheus; 0 takes a free port. Instead of the config's `server.http`.
+      http_public: show page and metrics to whoever reaches them, without authentication. With
+        server.access they take an operator's key, the page as the password, and without, only this
+        machine may see them.
+      log_format: lines on standard error for people or for machines; the config's
+        server.log_format if left out. The environment's OCTAVO_LOG says from which level on.
     """
-    from engine.serve.server import page_address, run_server
+    from engine.serve.run import run_server
 
     path, tokens = _event_log(record, record_tokens)
-    address = None if http is None else page_address(http, public=http_public)
-    if http_public and http is None:
-        raise ValueError("--http-public is for the page of --http, which is missing")
-    with ProgressBar() as progress:
-        return run_server(_load(config, set_), path, progress, record_tokens=tokens, http=address)
+    settings = _load(config, set_)
+    server = settings.server
+    server = dataclasses.replace(
+        server,
+        http=server.http if http is None else http,
+        http_public=server.http_public or http_public,
+        log_format=log_format or server.log_format,
+    )
+    check_server(server)
+    settings = dataclasses.replace(settings, server=server)
+    form = server.log_format
+    logs.configure(_log_level(), form)
+    with ProgressBar() as bar:
+        return run_server(
+            settings,
+            path,
+            bar if form == "text" else None,  # it would write between the objects
+            record_tokens=tokens,
+        )
 
 
 @app.command
 def chat(
+    connect: ConnectOptions = _CONNECT,
     *,
     message: Annotated[str | None, Parameter(name=["--message", "-m"])] = None,
     address: str = "127.0.0.1:50051",
@@ -102,7 +132,9 @@ def chat(
     from engine.sampling import SamplingParams
 
     sampling = SamplingParams(temperature=temperature, max_tokens=max_tokens, seed=seed)
-    return run(address, message, system=system, sampling=sampling)
+    return run(
+        address, message, system=system, sampling=sampling, credentials=connect.credentials()
+    )
 
 
 @app.command
@@ -118,11 +150,13 @@ def generate(
     """Generate for every line of a file, in this process.
 
     A line in is JSON with `prompt`, `prompt_ids` or `messages`, and any sampling field, such as
-    {"prompt": "Hello", "temperature": 0, "max_tokens": 16}; unset, the temperature is 1. A line
-    out has `index`, `text`, `token_ids`, `finish_reason`, `prompt_tokens`, `cached_tokens`,
-    log-probabilities if asked for, and with `n` above 1 the further samples as `others`; with
-    `beam_width` above 1 also `beam`, its `logprob` and the `score` they are ordered by. A line that
-    failed has `index` and `error`.
+    {"prompt": "Hello", "temperature": 0, "max_tokens": 16}; unset, the temperature is 1. With
+    "constraint": {"kind": "regex", "text": "[a-z]+"} the output matches that; so with kinds
+    json_schema, json_object, lark, ebnf, structural_tag, and choice, which has `choices` for the
+    text. A line out has `index`, `text`, `token_ids`, `finish_reason`, `prompt_tokens`,
+    `cached_tokens`, log-probabilities if asked for, and with `n` above 1 the further samples as
+    `others`; with `beam_width` above 1 also `beam`, its `logprob` and the `score` they are ordered
+    by. A line that failed has `index` and `error`.
 
     Args:
       config: a YAML file; see configs/.
@@ -183,7 +217,12 @@ def plan(
 
 
 @app.command
-def flush(*, address: str = "127.0.0.1:50051", cache_salt: str = "") -> int:
+def flush(
+    connect: ConnectOptions = _CONNECT,
+    *,
+    address: str = "127.0.0.1:50051",
+    cache_salt: str = "",
+) -> int:
     """Have a server forget what your requests left in its cache.
 
     Args:
@@ -195,7 +234,7 @@ def flush(*, address: str = "127.0.0.1:50051", cache_salt: str = "") -> int:
     from engine.client import AsyncClient, ServiceError
 
     async def run() -> int:
-        async with AsyncClient(address) as client:
+        async with AsyncClient(address, connect.credentials()) as client:
             return await client.flush(cache_salt or None)
 
     try:
@@ -321,20 +360,47 @@ def _event_log(record: Path | None, record_tokens: Path | None) -> tuple[str | N
     return None if path is None else str(path), record_tokens is not None
 
 
+def _log_level() -> str:
+    levels = ("DEBUG", "INFO", "WARNING", "ERROR", "CRITICAL")
+    level = os.environ.get("OCTAVO_LOG", "WARNING")
+    if level.upper() not in levels:
+        choices = ", ".join(levels).lower()
+        raise ValueError(f"OCTAVO_LOG is {level!r:.80}; it must be one of {choices}")
+    return level
+
+
+def _hint(error: cyclopts.CycloptsError) -> str | None:
+    """What to add to a complaint about the arguments."""
+    argument = error.argument
+    if isinstance(error, cyclopts.MissingArgumentError) and argument and not error.keyword:
+        return f"{argument.name} is missing" + (
+            ": a YAML file, such as configs/smollm2-135m-cpu.yaml"
+            if argument.name == "--config"
+            else ""
+        )
+    if isinstance(error, cyclopts.UnusedCliTokensError) and error.target is chat:
+        return 'what to say comes after -m: octavo chat -m "Hello"'
+    return None
+
+
 def main() -> None:
     """Run the command line; errors that a user can mend are one line, without a traceback."""
     try:
         from engine.aot.topologies import quiet_libtpu
 
         quiet_libtpu()
-        logging.basicConfig(
-            level=os.environ.get("OCTAVO_LOG", "WARNING").upper(),
-            format="%(levelname)s %(name)s: %(message)s",
-        )
-        result = app(sys.argv[1:])
+        # gRPC's own lines quote what strangers send as it is, line breaks too (the name that a TLS
+        # handshake asks for), so that they could write into the log. It raises what matters.
+        os.environ.setdefault("GRPC_VERBOSITY", "NONE")
+        logs.configure(_log_level())
+        result = app(sys.argv[1:], exit_on_error=False)
         sys.exit(result if isinstance(result, int) else 0)
     except KeyboardInterrupt:
         sys.exit(130)
+    except cyclopts.CycloptsError as error:  # it has been printed
+        if hint := _hint(error):
+            print(f"octavo: {hint}", file=sys.stderr)
+        sys.exit(2)
     except (ValueError, OSError) as error:
         if os.environ.get("OCTAVO_TRACEBACK"):
             raise

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import AsyncGenerator, Awaitable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from typing import Any, Self
 
 import grpc
@@ -15,11 +15,13 @@ import grpc.aio
 from google.rpc import error_details_pb2, status_pb2
 from grpc_health.v1 import health_pb2, health_pb2_grpc
 
+from engine.credentials import Credentials, CredentialsError
 from engine.rpc.octavo.v1 import generation_pb2 as pb
-from engine.rpc.octavo.v1 import generation_pb2_grpc
+from engine.rpc.octavo.v1 import generation_pb2_grpc, operations_pb2, operations_pb2_grpc
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.serve import convert
 from engine.types import BeamScore, FinishReason, TokenLogprobs
+from engine.unreachable import check_address, why_unavailable
 
 DEFAULT_ADDRESS = "127.0.0.1:50051"
 _DETAILS_KEY = "grpc-status-details-bin"
@@ -107,19 +109,28 @@ class AsyncClient:
 
     Args:
       address: `host:port` of the server.
+      credentials: an API key, TLS; by default neither.
 
     Every method raises ServiceError when the call fails, and `engine.sampling.InvalidRequest`
-    when it can't even be sent.
+    when it can't even be sent. Entering it raises CredentialsError if a key would travel in the
+    clear or a file of the credentials can't be used, and ValueError if the address can't be one.
     """
 
-    def __init__(self, address: str = DEFAULT_ADDRESS):
+    def __init__(self, address: str = DEFAULT_ADDRESS, credentials: Credentials | None = None):
         self._address = address
+        self._credentials = credentials or Credentials()
         self._channel: grpc.aio.Channel | None = None
 
     async def __aenter__(self) -> Self:
         # The server is trusted with the size of its answers: log-probabilities may be large.
         options = [("grpc.max_receive_message_length", -1)]
-        self._channel = grpc.aio.insecure_channel(self._address, options=options)
+        check_address(self._address)
+        self._credentials.check_address(self._address)
+        secure = self._credentials.for_grpc()
+        if secure is None:
+            self._channel = grpc.aio.insecure_channel(self._address, options=options)
+        else:
+            self._channel = grpc.aio.secure_channel(self._address, secure, options=options)
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:
@@ -162,7 +173,8 @@ class AsyncClient:
                 share_prefix=share_prefix,
             ),
         )
-        call = self._stub().Generate(request, timeout=timeout)
+        metadata = self._credentials.metadata
+        call = self._stub().Generate(request, timeout=timeout, metadata=metadata)
         try:
             with self._errors():
                 async for response in call:
@@ -180,7 +192,7 @@ class AsyncClient:
                 request.text = prompt
             else:
                 request.messages.CopyFrom(convert.messages_to_proto(prompt))
-        return tuple((await self._await(self._stub().Tokenize(request))).token_ids)
+        return tuple((await self._call("Tokenize", request)).token_ids)
 
     async def detokenize(
         self, token_ids: Sequence[int], *, skip_special_tokens: bool | None = None
@@ -190,23 +202,23 @@ class AsyncClient:
             request = pb.DetokenizeRequest(
                 token_ids=token_ids, **_given(skip_special_tokens=skip_special_tokens)
             )
-        return (await self._await(self._stub().Detokenize(request))).text
+        return (await self._call("Detokenize", request)).text
 
     async def model_info(self) -> pb.GetModelInfoResponse:
         """Which model is served, and its limits; the proto file documents the fields."""
-        return await self._await(self._stub().GetModelInfo(pb.GetModelInfoRequest()))
+        return await self._call("GetModelInfo", pb.GetModelInfoRequest())
 
     async def usage(self, *, cache_salt: str | None = None) -> pb.GetUsageResponse:
         """What one's own requests with this salt came to; see the proto file."""
         request = pb.GetUsageRequest(**_given(cache_salt=cache_salt))
-        return await self._await(self._stub().GetUsage(request))
+        return await self._call("GetUsage", request)
 
     async def stats(self) -> pb.GetStatsResponse:
         """What the engine is doing, and counts since it started, for all callers together.
 
-        See the proto file. The server refuses it unless it has `server.public_stats`.
+        See the proto file. The server shows it to operators, and with `server.public_stats` to all.
         """
-        return await self._await(self._stub().GetStats(pb.GetStatsRequest()))
+        return await self._call("GetStats", pb.GetStatsRequest())
 
     async def flush(self, cache_salt: str | None = None) -> int:
         """Forget what requests of that salt left in the server's cache.
@@ -215,12 +227,28 @@ class AsyncClient:
         """
         with convert.unsendable_as_invalid():
             request = pb.FlushCacheRequest(**_given(cache_salt=cache_salt))
-        return (await self._await(self._stub().FlushCache(request))).blocks
+        return (await self._call("FlushCache", request)).blocks
 
     async def abort(self, request_id: str) -> bool:
         """End a request, from whichever client. Returns whether it was running."""
         request = pb.AbortRequest(request_id=request_id)
-        return (await self._await(self._stub().Abort(request))).aborted
+        return (await self._call("Abort", request)).aborted
+
+    async def pause(self) -> None:
+        """Have the server begin no step any more. For operators.
+
+        Requests wait where they are, and new ones queue. Returns when the device is at rest.
+        """
+        await self._call("Pause", operations_pb2.PauseRequest(), self._operations())
+
+    async def resume(self) -> None:
+        """Have the server go on where a pause came in. For operators."""
+        await self._call("Resume", operations_pb2.ResumeRequest(), self._operations())
+
+    async def reload(self) -> operations_pb2.ReloadResponse:
+        """Have the server read its weights again, and go on with them; see the proto file. For
+        operators."""
+        return await self._call("Reload", operations_pb2.ReloadRequest(), self._operations())
 
     async def is_ready(self) -> bool:
         """Whether a server is there and serves."""
@@ -239,16 +267,20 @@ class AsyncClient:
     def _stub(self) -> Any:
         return generation_pb2_grpc.GenerationStub(self._open_channel())
 
-    async def _await(self, call: Awaitable[Any]) -> Any:
+    def _operations(self) -> Any:
+        return operations_pb2_grpc.OperationsStub(self._open_channel())
+
+    async def _call(self, method: str, request: Any, stub: Any = None) -> Any:
         with self._errors():
-            return await call
+            call = getattr(stub or self._stub(), method)
+            return await call(request, metadata=self._credentials.metadata)
 
     @contextlib.contextmanager
     def _errors(self) -> Iterator[None]:
         try:
             yield
         except grpc.aio.AioRpcError as error:
-            raise _service_error(error, self._address) from None
+            raise _service_error(error, self._address, self._credentials) from None
 
 
 def _given(**fields: Any) -> dict[str, Any]:
@@ -286,17 +318,16 @@ def _delta(response: pb.GenerateResponse) -> Delta:
     )
 
 
-def _service_error(error: grpc.aio.AioRpcError, address: str) -> ServiceError:
+def _service_error(
+    error: grpc.aio.AioRpcError, address: str, credentials: Credentials
+) -> ServiceError:
     """What went wrong, with the details that the server attached."""
     code, message = error.code(), error.details() or error.code().name
     packed = dict(error.trailing_metadata() or ()).get(_DETAILS_KEY)
     if not isinstance(packed, bytes):
         # gRPC's own words, not the server's.
         if code is grpc.StatusCode.UNAVAILABLE:
-            message = (
-                f"no Octavo server answers at {address} ({message}): start one with `make serve` "
-                "or `octavo serve`, or give another address"
-            )
+            message = why_unavailable(message, address, credentials)
         elif code is grpc.StatusCode.DEADLINE_EXCEEDED:
             message = "the time for the call passed; allow more of it or ask for fewer tokens"
         elif code is grpc.StatusCode.UNIMPLEMENTED:
@@ -313,4 +344,12 @@ def _service_error(error: grpc.aio.AioRpcError, address: str) -> ServiceError:
     return ServiceError(code, message, tuple(violations), retry_after)
 
 
-__all__ = ["AsyncClient", "Delta", "InvalidRequest", "SamplingParams", "ServiceError"]
+__all__ = [
+    "AsyncClient",
+    "Credentials",
+    "CredentialsError",
+    "Delta",
+    "InvalidRequest",
+    "SamplingParams",
+    "ServiceError",
+]

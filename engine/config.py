@@ -12,6 +12,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
+from engine.config_error import ConfigError
+from engine.server_config import ServerConfig, check_server
+
 DTYPE_BYTES = {"float32": 4, "bfloat16": 2}
 # What keys and values can be held in; those of one byte are quantised, see `CacheConfig.scales`.
 CACHE_DTYPE_BYTES = {**DTYPE_BYTES, "float8_e4m3fn": 1, "int8": 1}
@@ -21,10 +24,6 @@ MAX_TIME_TO_LIVE = 10 * 366 * 24 * 3600  # seconds
 Isolation = Literal["domain", "none"]
 Observability = Literal["open", "constant"]
 Backend = Literal["auto", "tpu", "gpu", "xla", "reference"]
-
-
-class ConfigError(ValueError):
-    """A config that can't be used: says which key, what was given, and what is possible."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -179,11 +178,13 @@ class SchedulerConfig:
       max_num_seqs: sequences that run at once (the slots of the device state).
       max_step_tokens: token budget of a step; prompts are cut into chunks that fit.
       max_waiting: requests that may queue; one more is refused (RESOURCE_EXHAUSTED).
+      max_waiting_tokens: tokens of their prompts together, likewise; one prompt may always queue.
     """
 
     max_num_seqs: int = 64
     max_step_tokens: int = 512
     max_waiting: int = 1024
+    max_waiting_tokens: int = 2**20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -215,25 +216,6 @@ class AttentionConfig:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class ServerConfig:
-    """The gRPC server.
-
-    Attributes:
-      host, port: where it listens; port 0 takes a free one.
-      max_message: bytes of the largest message that is taken.
-      max_concurrent: calls in progress at once; one more is refused.
-      public_stats: whether all who reach the server may read GetStats, whose figures are of all
-        requests together and so tell of other callers. Off, a caller has GetUsage, for its own.
-    """
-
-    host: str = "127.0.0.1"
-    port: int = 50051
-    max_message: int = 4 * 2**20
-    max_concurrent: int = 1024
-    public_stats: bool = False
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
     """Everything an engine is made from.
 
@@ -247,7 +229,7 @@ class Config:
     scheduler: SchedulerConfig = SchedulerConfig()
     buckets: BucketConfig = BucketConfig()
     attention: AttentionConfig = AttentionConfig()
-    server: ServerConfig = ServerConfig()
+    server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     compile_cache: str = "~/.cache/octavo/compiled"
     path: str = ""
 
@@ -279,6 +261,21 @@ def resolve_public_prefixes(config: Config) -> list[Path]:
 def resolve_disk_path(config: Config) -> Path | None:
     """The folder of `cache.disk_path`, taken from the config file's folder; None without one."""
     return _beside(config, config.cache.disk_path) if config.cache.disk_path else None
+
+
+def resolve_server(config: Config) -> ServerConfig:
+    """The server's section, with the paths in it taken from the config file's folder."""
+    server = config.server
+    if server.access:
+        server = dataclasses.replace(server, access=str(_beside(config, server.access)))
+    if server.tls is not None:
+        found = {
+            name: str(_beside(config, path))
+            for name, path in dataclasses.asdict(server.tls).items()
+            if path
+        }
+        server = dataclasses.replace(server, tls=dataclasses.replace(server.tls, **found))
+    return server
 
 
 def _beside(config: Config, path: str) -> Path:
@@ -366,10 +363,9 @@ def _check(config: Config) -> None:
         ("scheduler.max_num_seqs", scheduler.max_num_seqs),
         ("scheduler.max_step_tokens", scheduler.max_step_tokens),
         ("scheduler.max_waiting", scheduler.max_waiting),
+        ("scheduler.max_waiting_tokens", scheduler.max_waiting_tokens),
         ("mesh.data", mesh.data),
         ("mesh.tensor", mesh.tensor),
-        ("server.max_message", config.server.max_message),
-        ("server.max_concurrent", config.server.max_concurrent),
     )
     for key, value in positive:
         if value is not None and value < 1:
@@ -379,12 +375,7 @@ def _check(config: Config) -> None:
             f"scheduler.max_step_tokens ({scheduler.max_step_tokens}) is below max_num_seqs "
             f"({scheduler.max_num_seqs}), so a step could not take one token of each sequence"
         )
-    if config.server.max_message > 2**31 - 1:
-        raise ConfigError(
-            f"server.max_message is {config.server.max_message}; gRPC takes at most 2147483647"
-        )
-    if not 0 <= config.server.port <= 65535:
-        raise ConfigError(f"server.port is {config.server.port}; it must be from 0 to 65535")
+    check_server(config.server)
     _check_buckets("decode_seqs", config.buckets.decode_seqs, scheduler.max_num_seqs)
     _check_buckets("prefill_tokens", config.buckets.prefill_tokens, scheduler.max_step_tokens)
     _check_buckets("prefill_seqs", config.buckets.prefill_seqs, scheduler.max_num_seqs)
@@ -392,7 +383,8 @@ def _check(config: Config) -> None:
 
 def _check_buckets(name: str, sizes: tuple[int, ...], largest: int) -> None:
     if sizes and (list(sizes) != sorted(set(sizes)) or sizes[0] < 1 or sizes[-1] != largest):
+        fitting = [*sorted({size for size in sizes if 0 < size < largest}), largest]
         raise ConfigError(
             f"buckets.{name} is {list(sizes)}; it must rise strictly and end at {largest}, "
-            "the scheduler's limit"
+            f"the scheduler's limit; --set 'buckets.{name}={fitting}' does"
         )

@@ -85,9 +85,7 @@ def _prepared(tree: dict[str, Any], cls: type, prefix: str) -> dict[str, Any]:
     for key, value in tree.items():
         name = f"{prefix}{key}"
         if key not in kinds:
-            near = difflib.get_close_matches(str(key), kinds, n=1)
-            hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(kinds)}"
-            raise ConfigError(f"unknown key {name}; {hint}")
+            raise _unknown(str(key), kinds, prefix)
         alternatives = get_args(kinds[key]) or (kinds[key],)
         section = _section(kinds[key])
         choices = _choices(kinds[key])
@@ -104,6 +102,12 @@ def _prepared(tree: dict[str, Any], cls: type, prefix: str) -> dict[str, Any]:
             raise ConfigError(f"{name}: {error}") from None
         prepared[key] = value
     return prepared
+
+
+def _unknown(key: str, known: Iterable[str], prefix: str) -> ConfigError:
+    near = difflib.get_close_matches(key, known, n=1)
+    hint = f"did you mean {prefix}{near[0]}?" if near else f"known: {', '.join(known)}"
+    return ConfigError(f"unknown key {prefix}{key}; {hint}")
 
 
 def _section(kind: Any) -> type | None:
@@ -124,14 +128,23 @@ def _override(tree: dict[str, Any], override: str) -> None:
     if not sign or not key:
         raise ConfigError(f"--set takes key=value, such as model.dtype=float32, not {override!r}")
     *parents, leaf = key.split(".")
-    kinds: type | None = Config
+    section: type | None = Config
+    prefix = ""
+
+    def kind_of(name: str) -> Any:
+        kinds = get_type_hints(section) if section else {}
+        if section and (name == "path" or name not in kinds):  # no fault of the file's
+            known = [kind for kind in kinds if kind != "path"]
+            raise ConfigError(f"--set {override}: {_unknown(name, known, prefix)}")
+        return kinds.get(name)
+
     for parent in parents:
-        kinds = _section(get_type_hints(kinds).get(parent)) if kinds else None
+        section, prefix = _section(kind_of(parent)), f"{prefix}{parent}."
         child = tree.setdefault(parent, {})
         if not isinstance(child, dict):
             raise ConfigError(f"--set {override}: {parent} is a value, not a section")
         tree = child
-    if kinds and get_type_hints(kinds).get(leaf) is str:
+    if kind_of(leaf) is str:
         tree[leaf] = text  # also where YAML would read a number, or nothing
         return
     try:

@@ -1,17 +1,16 @@
-"""What each domain asked for and got: the figures that a caller may see of its own requests.
+"""What requests asked for and got, summed: a domain's callers may see its sums.
 
-They follow from the domain's own requests and replies alone, so they tell nothing of others; what
+A domain's follow from its own requests and replies alone, so they tell nothing of others; what
 the engine does for all of them together is the operator's to see (`frontend.EngineStats`).
 """
 
 from __future__ import annotations
 
 import dataclasses
-import threading
 from collections import OrderedDict
+from collections.abc import Set
 
-from engine.streams import Delta, Usage
-from engine.types import Domain, FinishReason
+from engine.types import Domain
 
 MAX_DOMAINS = 1024  # of one tenant; a client may invent as many salts as it likes
 
@@ -33,65 +32,43 @@ class DomainUsage:
     generated_tokens: int = 0
     finished: dict[str, int] = dataclasses.field(default_factory=dict)
 
+    def end(self, reason: str, prompt_tokens: int, cached_tokens: int) -> None:
+        """An answer ended."""
+        self.finished[reason] = self.finished.get(reason, 0) + 1
+        self.prompt_tokens += prompt_tokens
+        self.cached_prompt_tokens += cached_tokens
+
+    def copy(self) -> DomainUsage:
+        """What it is now."""
+        return dataclasses.replace(self, finished=self.finished.copy())
+
 
 class UsageByDomain:
-    """The usage of every domain that asked lately. Thread-safe; each operation is O(1).
+    """The usage of every domain that asked lately. Each operation is O(1), and its owner's lock is
+    held.
 
     Of each tenant the domains that asked last are kept, so that one tenant's salts can't push out
-    another tenant's figures. Nothing of it runs on the step loop's thread.
+    another tenant's figures.
     """
 
     def __init__(self, max_domains: int = MAX_DOMAINS):
         self._max_domains = max_domains
         self._tenants: dict[str, OrderedDict[str, DomainUsage]] = {}
-        self._lock = threading.Lock()
 
     def of(self, domain: Domain) -> DomainUsage:
         """A copy of a domain's usage; all zeros if it has not asked for anything."""
-        with self._lock:
-            found = self._tenants.get(domain.tenant, {}).get(domain.salt)
-            if found is None:
-                return DomainUsage()
-            return dataclasses.replace(found, finished=found.finished.copy())
+        found = self._tenants.get(domain.tenant, {}).get(domain.salt)
+        return DomainUsage() if found is None else found.copy()
 
-    def start(self, domain: Domain) -> Meter:
-        """Count a request as in progress until its meter is closed."""
-        with self._lock:
-            domains = self._tenants.setdefault(domain.tenant, OrderedDict())
-            usage = domains.setdefault(domain.salt, DomainUsage())
-            domains.move_to_end(domain.salt)
-            if len(domains) > self._max_domains:
-                domains.popitem(last=False)
-            usage.in_progress += 1
-        return Meter(usage, self._lock)
+    def asked(self, domain: Domain) -> DomainUsage:
+        """The usage of a domain that asks for something now, to be counted in."""
+        domains = self._tenants.setdefault(domain.tenant, OrderedDict())
+        usage = domains.setdefault(domain.salt, DomainUsage())
+        domains.move_to_end(domain.salt)
+        if len(domains) > self._max_domains:
+            domains.popitem(last=False)
+        return usage
 
-
-class Meter:
-    """Counts the answers to one request."""
-
-    def __init__(self, usage: DomainUsage, lock: threading.Lock):
-        self._usage = usage
-        self._lock = lock
-        self._unfinished: dict[int, Usage] = {}  # by sample, the latest
-
-    def add(self, delta: Delta) -> None:
-        """Take in a part of an answer, before the client sees it."""
-        with self._lock:
-            self._usage.generated_tokens += len(delta.token_ids)
-            self._unfinished[delta.index] = delta.usage
-            if delta.finish_reason is not None:
-                self._end(delta.index, delta.finish_reason)
-
-    def close(self) -> None:
-        """The request has ended; answers that were left unfinished were aborted."""
-        with self._lock:
-            for index in tuple(self._unfinished):
-                self._end(index, FinishReason.ABORT)
-            self._usage.in_progress -= 1
-
-    def _end(self, index: int, reason: FinishReason) -> None:
-        last = self._unfinished.pop(index)
-        finished = self._usage.finished
-        finished[reason.value] = finished.get(reason.value, 0) + 1
-        self._usage.prompt_tokens += last.prompt_tokens
-        self._usage.cached_prompt_tokens += last.cached_tokens
+    def keep(self, tenants: Set[str]) -> None:
+        """Forget all other tenants."""
+        self._tenants = {name: of for name, of in self._tenants.items() if name in tenants}

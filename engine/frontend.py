@@ -16,31 +16,49 @@ import secrets
 import threading
 import time
 from collections.abc import AsyncGenerator, Callable
-from concurrent.futures import ThreadPoolExecutor
 from typing import TYPE_CHECKING
 
 from engine.config import Config, ConfigError
 from engine.core.picture import Frame, take_picture
 from engine.core.scheduler import SchedulerState
-from engine.domain_usage import DomainUsage, UsageByDomain
-from engine.public_prefixes import read_public_prefixes
+from engine.domain_usage import DomainUsage
+from engine.life import Life
+from engine.observe.logs import log_request
+from engine.observe.requests import RequestFigures
+from engine.preparing import Readers
+from engine.public_prefixes import compute_public_prefixes
 from engine.resolve import Prompt, Resolver, deadline_after, is_quick
 from engine.runtime.figures import StepRecord
 from engine.runtime.inbox import EngineStopped
-from engine.runtime.loop import EngineLoop, News, Rejected
+from engine.runtime.kv_events import follow_cache
+from engine.runtime.loop import EngineLoop
+from engine.runtime.news import News, Rejected
 from engine.sampling import InvalidRequest, SamplingParams
-from engine.stats import EngineStats, ModelInfo
-from engine.streams import Delta, Stream, Usage
+from engine.stats import EngineStats, ModelInfo, read_stats
+from engine.streams import Delta, ReaderTooSlow, Stream, Usage
 from engine.types import Domain, FinishReason, QueueFull, Request, StepOutput
 
 if TYPE_CHECKING:
     from engine.loading import LoadedEngine
 
-__all__ = ["Delta", "Engine", "EngineStats", "EngineStopped", "ModelInfo", "Prompt", "Usage"]
+__all__ = [
+    "Delta",
+    "Engine",
+    "EngineStats",
+    "EngineStopped",
+    "ModelInfo",
+    "Prompt",
+    "ReaderTooSlow",
+    "Usage",
+]
 
 
 class Engine:
-    """A loaded model that generates. Make one with `from_config`; close it when done."""
+    """A loaded model that generates. Make one with `from_config`; close it when done.
+
+    Attributes:
+      requests: the figures of all requests, and who hears of tokens and of each one's end.
+    """
 
     def __init__(
         self,
@@ -58,16 +76,19 @@ class Engine:
             loaded.architecture.vocab_size,
             loaded.eos_token_ids,
             loaded.config.cache,
+            loaded.grammars,
         )
         self._streams: dict[str, Stream] = {}
         self._lock = threading.Lock()
         self._numbers = itertools.count()
         self._started = time.monotonic()
-        self._text_threads = ThreadPoolExecutor(2, thread_name_prefix="octavo-text")
-        self._num_long_texts = 0
-        self._usage = UsageByDomain()
+        self._readers = Readers(loaded.grammars, loaded.limits.max_waiting)
+        self._reloading = threading.Lock()
+        self.requests = RequestFigures()
+        self.requests.listeners.append(log_request)
         self._public: queue.SimpleQueue[StepOutput | Rejected] = queue.SimpleQueue()
         self._is_starting = True
+        self._max_unread = loaded.config.server.max_unread_tokens
         self._loop = EngineLoop(
             loaded.runner,
             loaded.limits,
@@ -76,8 +97,12 @@ class Engine:
             record_tokens,
             disk=loaded.disk,
         )
+        self.life = Life(self._loop, self._deliver)
+        self.kv_events = follow_cache(self._loop, loaded.config.server.kv_events)
         try:
-            self._compute_public_prefixes(progress)
+            compute_public_prefixes(
+                loaded.config, loaded.tokenizer, self._loop.submit, self._public.get, progress
+            )
         except BaseException:
             self.close()
             raise
@@ -123,6 +148,7 @@ class Engine:
         share_prefix: bool = True,
         priority: int = 0,
         timeout: float | None = None,
+        with_text: bool = True,
     ) -> AsyncGenerator[Delta]:
         """Generate, and yield what there is whenever there is something new.
 
@@ -138,10 +164,12 @@ class Engine:
             Without, nothing of it is kept: its blocks are erased when it ends or is preempted.
           priority: lower goes first.
           timeout: seconds after which it ends with DEADLINE.
+          with_text: without, deltas have token ids alone. Stop strings work all the same.
 
         Raises:
           InvalidRequest: it can't be served as given.
-          QueueFull: too many requests wait.
+          QueueFull: too many requests wait, or there is no room for its constraint.
+          ReaderTooSlow: whoever iterates let more than `server.max_unread_tokens` pile up.
         """
         received = time.monotonic()
         sampling = sampling or SamplingParams()
@@ -150,13 +178,14 @@ class Engine:
         number = next(self._numbers)
         if request_id is None:
             request_id = f"octavo-{number}-{secrets.token_hex(4)}"
-        stream = Stream(request_id, number)
+        stream = Stream(request_id, number, self._max_unread)
         with self._lock:
             if request_id in self._streams:
                 raise InvalidRequest("request_id", f"{request_id!r} is already running")
             self._streams[request_id] = stream
-        meter = self._usage.start(asker)
+        timer = self.requests.start(request_id, asker, received)
         try:
+            deadline = deadline_after(timeout, since=received)
             resolve = functools.partial(
                 self._resolver.resolve,
                 stream.key,
@@ -165,22 +194,38 @@ class Engine:
                 domain=domain,
                 is_private=not share_prefix,
                 priority=priority,
-                deadline=deadline_after(timeout, since=received),
+                deadline=deadline,
             )
-            quick = is_quick(prompt, sampling)
-            request = resolve() if quick else await self._on_thread(resolve)
-            stream.start(request, self.tokenizer)
+            if is_quick(prompt, sampling):
+                request = resolve()
+            else:
+                self._loop.check_room(max(sampling.n, sampling.beam_width))
+                request = await self._readers.read(
+                    stream, resolve, sampling.constraint, domain, deadline
+                )
+            if isinstance(request, FinishReason):
+                for index in range(sampling.n):
+                    delta = Delta.unbegun(index, request)
+                    timer.add(delta, time.monotonic())
+                    yield delta
+                return
+            stream.start(request, self.tokenizer, with_text=with_text)
+            timer.submitted(len(request.prompt_ids))
             self._submit(stream, request)
             while stream.live:
                 await stream.arrived.wait()
+                now = time.monotonic()
                 for delta in stream.take():
-                    meter.add(delta)
+                    timer.add(delta, now)
                     if isinstance(delta.stop_reason, str):
                         # A stop string ends it here first; the step loop learns it now.
                         self._loop.abort(stream.key_of(delta.index), FinishReason.STOP)
                     yield delta
+        except Exception as error:
+            timer.refused(error)
+            raise
         finally:
-            meter.close()
+            timer.close(stream.live)
             with self._lock:
                 if self._streams.get(request_id) is stream:
                     del self._streams[request_id]
@@ -193,6 +238,7 @@ class Engine:
             stream = self._streams.get(request_id)
             if stream is not None and not stream.is_aborted:
                 stream.is_aborted = True
+                stream.stop_reading()
                 for index in tuple(stream.live):
                     self._loop.abort(stream.key_of(index))
         return stream is not None
@@ -213,6 +259,39 @@ class Engine:
         if domain is not None:
             domain = self._shared_domain(domain)
         return await asyncio.wrap_future(self._loop.flush(domain))
+
+    async def reload(self) -> bool:
+        """Read the weights again, beside those that are served, and go on with them.
+
+        Requests that have begun end with the old weights first; the others wait, and begin with the
+        new ones. Nothing that is cached outlives the exchange. After any failure, the old weights
+        are served as before.
+
+        Returns:
+          Whether there were others to read.
+
+        Raises:
+          ConfigError, WeightsError: they don't fit this engine, or can't be read; or it is paused.
+          QueueFull: another reload is in progress.
+          EngineStopped: the engine was closed before it was done.
+        """
+        from engine.reload import exchange
+
+        if self.life.is_paused:  # it would wait with both weights in memory
+            raise ConfigError("the engine is paused; resume it first")
+        if not self._reloading.acquire(blocking=False):
+            raise QueueFull("the weights are being reloaded already; try again later")
+
+        async def work() -> bool:
+            try:
+                old, self._loaded = self._loaded, await exchange(self._loaded, self._loop)
+                return self._loaded is not old
+            finally:
+                self._reloading.release()
+
+        return await asyncio.shield(
+            asyncio.ensure_future(work())
+        )  # half of it is no state to be in
 
     def _shared_domain(self, asker: Domain) -> Domain:
         """Where isolation is off, all are one domain; see `CacheConfig.isolation`."""
@@ -238,43 +317,12 @@ class Engine:
 
     def stats(self) -> EngineStats:
         """Where the engine stands."""
-        totals = self._loop.totals
-        disk = self._loaded.disk.counts() if self._loaded.disk else None
-        running, waiting, (free, cached, owned) = self._loop.gauges
-        return EngineStats(
-            running=running,
-            waiting=waiting,
-            free_blocks=free,
-            cached_blocks=cached,
-            owned_blocks=owned,
-            total_blocks=free + cached + owned,
-            block_size=self._loop.limits.block_size,
-            steps=totals.steps,
-            prompt_tokens=totals.prompt_tokens,
-            generated_tokens=totals.generated_tokens,
-            cached_prompt_tokens=totals.cached_prompt_tokens,
-            pinned_blocks=self._loop.num_pinned_blocks,
-            preemptions=totals.preemptions,
-            copied_blocks=totals.copied_blocks,
-            swapped_out_blocks=totals.swapped_out_blocks,
-            swapped_in_blocks=totals.swapped_in_blocks,
-            held_steps=dict(totals.held_steps),
-            padded_tokens=totals.padded_tokens,
-            computed_tokens=totals.computed_tokens,
-            compiles_after_warmup=self._loaded.compiles_after_warmup(),
-            finished=dict(totals.finished),
-            failed_steps=totals.failed_steps,
-            uptime_seconds=time.monotonic() - self._started,
-            restored_blocks=self._loop.tiers.num_restored,
-            disk_read_bytes=disk.bytes_read if disk else 0,
-            disk_written_blocks=disk.written if disk else 0,
-            disk_written_bytes=disk.bytes_written if disk else 0,
-            disk_dropped_blocks=disk.dropped if disk else 0,
-        )
+        uptime = time.monotonic() - self._started
+        return read_stats(self._loop, self._loaded, self.requests, uptime)
 
     def usage(self, domain: Domain) -> DomainUsage:
         """What the requests of one domain came to."""
-        return self._usage.of(domain)
+        return self.requests.usage(domain)
 
     async def picture(self) -> Frame:
         """Who holds which block between two steps, and what was done by then.
@@ -299,48 +347,16 @@ class Engine:
         self._loop.on_step = on_step
 
     def close(self) -> None:
-        """Abort what is running, stop the step loop, and write what the disk tier still gets."""
+        """Abort what is running, stop the step loop, and write what the disk tier still gets.
+
+        It waits for the step that is on the device, so it hangs if that does.
+        """
         self._loop.close()
+        self.life.close()
         if self._loaded.disk is not None:
             self._loaded.disk.close()
-        self._text_threads.shutdown(wait=False)
-
-    def _compute_public_prefixes(self, progress: Callable[[str, int, int], None] | None) -> None:
-        """Put the operator's public prefixes into the cache, before anybody else is served."""
-        requests = list(read_public_prefixes(self.config, self.tokenizer))
-        for done, request in enumerate(requests):
-            if progress:
-                progress("Computing public prefixes", done, len(requests))
-            self._loop.submit(request)
-            news = self._public.get()
-            if isinstance(news, Rejected):
-                path = self.config.cache.public_prefixes[done]
-                raise ConfigError(f"cache.public_prefixes: {path}: {news.error}")
-            if news.finish_reason is FinishReason.ERROR:
-                raise EngineStopped("the step that computed a public prefix failed; see the log")
-        if progress and requests:
-            progress("Computing public prefixes", len(requests), len(requests))
-
-    async def _on_thread(self, resolve: Callable[[], Request]) -> Request:
-        """Resolve a long text while other streams go on.
-
-        A text whose client goes away is worked on to its end all the same, and counts as long:
-        otherwise sending and cancelling would pile up work without bound.
-        """
-        most = self._loop.limits.max_waiting
-        with self._lock:
-            if self._num_long_texts >= most:
-                raise QueueFull(f"{most} long texts are being read already; try again later")
-            self._num_long_texts += 1
-        work = asyncio.get_running_loop().run_in_executor(self._text_threads, resolve)
-        work.add_done_callback(self._forget_long_text)
-        return await asyncio.shield(work)
-
-    def _forget_long_text(self, work: asyncio.Future[Request]) -> None:
-        with self._lock:
-            self._num_long_texts -= 1
-        if not work.cancelled():
-            work.exception()  # seen, even if nobody waits for it any more
+        self._readers.close()
+        self._loaded.grammars.close()
 
     def _submit(self, stream: Stream, request: Request) -> None:
         """Hand a request to the step loop, unless it was aborted in the meantime."""
@@ -371,10 +387,25 @@ class Engine:
                 by_loop.setdefault(stream.event_loop, []).append((stream, index, item))
         for event_loop, items in by_loop.items():
             try:
-                event_loop.call_soon_threadsafe(_distribute, items)
+                event_loop.call_soon_threadsafe(self._distribute, items)
             except RuntimeError:  # the event loop is closed: its readers are gone
                 for stream, _, _ in items:
                     self._forget(stream)
+
+    def _distribute(self, items: list[_Item]) -> None:
+        for stream, index, item in items:
+            if not stream.put(index, item):
+                self._forget(stream)
+
+    def abandon(self) -> None:
+        """End every stream with ABORT without the step loop, which is stuck."""
+        with self._lock:
+            streams = list(self._streams.values())
+            for stream in streams:
+                stream.is_aborted = True
+                stream.stop_reading()
+        names = [stream.key_of(index) for stream in streams for index in tuple(stream.live)]
+        self._deliver([StepOutput(name, (), FinishReason.ABORT, 0, 0) for name in names])
 
     def _forget(self, stream: Stream) -> None:
         """End a request that nobody will ever read."""
@@ -386,8 +417,3 @@ class Engine:
 
 
 _Item = tuple[Stream, int, StepOutput | Rejected]
-
-
-def _distribute(items: list[_Item]) -> None:
-    for stream, index, item in items:
-        stream.put(index, item)

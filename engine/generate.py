@@ -115,7 +115,8 @@ def parse_line(text: bytes, number: int, index: int) -> Line:
 
     Args:
       text: JSON with exactly one of `prompt`, `prompt_ids` and `messages`, any field of
-        `SamplingParams`, and perhaps an `index` of its own.
+        `SamplingParams`, and perhaps an `index` of its own. The text of a constraint may be an
+        object, a JSON schema that is not written as text.
       number: of the line in its file.
       index: which request it is, if it doesn't say.
 
@@ -145,6 +146,9 @@ def parse_line(text: bytes, number: int, index: int) -> Line:
         is_right = isinstance(prompt, list) and all(type(item) is kind for item in prompt)
     if not is_right:
         raise LineError(own_index, f"{given[0]} must be {what}")
+    constraint = tree.get("constraint")
+    if isinstance(constraint, dict) and isinstance(schema := constraint.get("text"), dict):
+        constraint["text"] = msgspec.json.encode(schema).decode()  # written out as it is
     try:
         sampling = msgspec.convert(tree, SamplingParams)
     except msgspec.ValidationError as error:

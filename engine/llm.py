@@ -17,6 +17,7 @@ import numpy as np
 from engine import config_file
 from engine.config import Config
 from engine.frontend import Engine, ModelInfo, Prompt
+from engine.runtime.news import BudgetSpent
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.streams import Delta, Usage
 from engine.text import Message
@@ -195,6 +196,8 @@ class LLM:
             try:
                 deltas = [d async for d in self.engine.generate(as_prompt(prompt), params)]
                 break
+            except BudgetSpent:
+                raise
             except QueueFull as error:  # there is always a later
                 await asyncio.sleep(error.retry_after)
         first, *others = (

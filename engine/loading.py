@@ -39,7 +39,7 @@ from engine.runtime.mesh import make_mesh, weight_shardings
 from engine.runtime.runner import Runner, RunnerShape
 from engine.runtime.tiers import open_disk_tier
 from engine.sampling import MAX_STOP_TOKENS
-from engine.text import Tokenizer
+from engine.text import Grammars, Tokenizer
 from engine.weights import Checkpoint, load_params, open_checkpoint, with_kv_copies
 from engine.weights.kv_scales import load_scales, scales_fingerprint
 
@@ -68,6 +68,7 @@ class LoadedEngine:
     limits: Limits
     runner: Runner
     compiles_after_warmup: Callable[[], int]
+    grammars: Grammars
     disk: DiskTier | None = None
 
 
@@ -83,8 +84,8 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     checkpoint = open_checkpoint(resolve_source(config))
     arch = checkpoint.architecture
     _check_architecture(config, arch)
-    tokenizer = _tokenizer(checkpoint)
-    eos_token_ids = _eos_token_ids(checkpoint, tokenizer)
+    tokenizer = tokenizer_of(checkpoint)
+    eos_token_ids = eos_token_ids_of(checkpoint, tokenizer)
     resolved = resolve_attention(config)
     scales = load_scales(config, arch)
     _check_host_memory(config)
@@ -97,9 +98,7 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     disk = open_disk_tier(config, limits, with_kv_copies(arch, copies), resolved.backend)
     model = abstract_decoder(with_kv_copies(arch, copies), jnp.dtype(config.model.dtype))
     shape = runner_shape(config, limits)
-    with _enough_memory(
-        "the weights don't fit", "raise mesh.tensor or set model.dtype to bfloat16"
-    ):
+    with enough_memory("the weights don't fit", "raise mesh.tensor or set model.dtype to bfloat16"):
         weights = load_params(
             checkpoint,
             weight_shardings(model, mesh),
@@ -110,14 +109,14 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     if scales is not None:
         scales = np.repeat(scales, copies, axis=-1)
     smaller_cache = "cache.memory or cache.num_blocks (`octavo plan` shows what fits)"
-    with _enough_memory(
+    with enough_memory(
         f"the cache of {limits.num_blocks} blocks of {limits.block_size} tokens doesn't fit beside "
         "the weights",
         f"lower {smaller_cache}",
     ):
         runner = Runner(model, weights, mesh, attention, shape, scales)
     # A TPU's compiler already refuses a program that won't fit; a GPU's fails when it runs.
-    with _enough_memory(
+    with enough_memory(
         "what a step computes doesn't fit beside the weights and the cache",
         f"lower scheduler.max_step_tokens or scheduler.max_num_seqs, or {smaller_cache}",
     ):
@@ -153,6 +152,7 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
         limits=limits,
         runner=runner,
         compiles_after_warmup=compiles.counter(),
+        grammars=Grammars(tokenizer, arch.vocab_size, eos_token_ids),
         disk=disk,
     )
 
@@ -260,6 +260,7 @@ def make_limits(
         max_step_tokens=config.scheduler.max_step_tokens,
         max_model_len=max_model_len,
         max_waiting=config.scheduler.max_waiting,
+        max_waiting_tokens=config.scheduler.max_waiting_tokens,
         prefix_reuse=config.cache.prefix_reuse and not merges,
         merge_blocks=merges,
         host_blocks=host_blocks(config, arch, backend),
@@ -333,7 +334,7 @@ def _check_host_memory(config: Config) -> None:
 
 
 @contextlib.contextmanager
-def _enough_memory(problem: str, way_out: str) -> Iterator[None]:
+def enough_memory(problem: str, way_out: str) -> Iterator[None]:
     """Turn a lack of device memory into a ConfigError."""
     try:
         yield
@@ -355,14 +356,14 @@ def _name(config: Config) -> str:
     return config.model.name or Path(config.model.source).name.removesuffix(".gguf")
 
 
-def _tokenizer(checkpoint: Checkpoint) -> Tokenizer:
+def tokenizer_of(checkpoint: Checkpoint) -> Tokenizer:
     if checkpoint.metadata is not None:
         return Tokenizer.from_gguf(checkpoint.metadata)
     assert checkpoint.folder is not None  # a checkpoint has one of the two
     return Tokenizer.from_folder(checkpoint.folder)
 
 
-def _eos_token_ids(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[int, ...]:
+def eos_token_ids_of(checkpoint: Checkpoint, tokenizer: Tokenizer) -> tuple[int, ...]:
     """Every token that the model's files name as the end of an answer, the main one first."""
     vocab_size = checkpoint.architecture.vocab_size
     tokens = [i for i in tokenizer.eos_token_ids if type(i) is int and 0 <= i < vocab_size]

@@ -14,8 +14,14 @@ from typing import TypeGuard, cast
 
 from engine.config import CacheConfig
 from engine.core.limits import Limits
-from engine.sampling import MAX_LOGPROBS, InvalidRequest, SamplingParams
-from engine.text import Message, Tokenizer, bad_word_ids
+from engine.sampling import (
+    MAX_LOGPROBS,
+    InvalidRequest,
+    Matcher,
+    PromptTooLong,
+    SamplingParams,
+)
+from engine.text import Grammars, Message, Tokenizer, bad_word_ids
 from engine.types import Domain, Fork, Request
 
 Prompt = str | tuple[int, ...] | tuple[Message, ...]
@@ -34,6 +40,7 @@ class Resolver:
     vocab_size: int
     eos_token_ids: tuple[int, ...]
     cache: CacheConfig
+    grammars: Grammars
 
     def resolve(
         self,
@@ -75,6 +82,9 @@ class Resolver:
             self._check_beams(sampling.beam_width, len(stop_ids))
             num_forks = sampling.beam_width - 1
         seed = secrets.randbits(64) if sampling.seed is None else sampling.seed
+        matchers: tuple[Matcher, ...] = ()
+        if sampling.constraint is not None:
+            matchers = self.grammars.matchers(sampling.constraint, domain, sampling.n)
         room = self.limits.max_model_len - len(prompt_ids)
         return Request(
             request_id=request_id,
@@ -93,6 +103,7 @@ class Resolver:
                 Fork(f"{request_id}.{index}", (seed + index) % 2**64)
                 for index in range(1, num_forks + 1)
             ),
+            matchers=matchers,
         )
 
     def _check_beams(self, width: int, num_stops: int) -> None:
@@ -121,11 +132,7 @@ class Resolver:
             raise InvalidRequest(field, "is empty; give at least one token")
         most = self.limits.max_model_len - 1
         if len(ids) > most:
-            raise InvalidRequest(
-                field,
-                f"has {len(ids)} tokens, but with one token of output the model takes at most "
-                f"{most}; shorten it or raise model.max_model_len",
-            )
+            raise PromptTooLong(field, len(ids), most)
         return tuple(ids)
 
     def _check_ids(self, field: str, ids: Sequence[int]) -> None:
@@ -140,7 +147,7 @@ class Resolver:
 
 def is_quick(prompt: Prompt, sampling: SamplingParams) -> bool:
     """Whether to resolve it takes about a millisecond at most."""
-    if _is_chat(prompt):
+    if _is_chat(prompt) or sampling.constraint is not None:
         return False
     num_chars = len(prompt) if isinstance(prompt, str) else 0
     return num_chars + sum(map(len, sampling.bad_words)) <= QUICK_CHARS

@@ -4,6 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from typing import TYPE_CHECKING, Literal, Protocol, get_args
+
+if TYPE_CHECKING:
+    import numpy as np
 
 
 class InvalidRequest(ValueError):
@@ -20,6 +24,23 @@ class InvalidRequest(ValueError):
         self.message = message
 
 
+class PromptTooLong(InvalidRequest):
+    """A prompt that has no room in the model's context.
+
+    Args:
+      field: as above.
+      count: tokens that it has.
+      most: that the model takes.
+    """
+
+    def __init__(self, field: str, count: int, most: int):
+        super().__init__(
+            field,
+            f"has {count} tokens, but with one token of output the model takes at most {most}; "
+            "shorten it or raise model.max_model_len",
+        )
+
+
 # Limits of what one request may ask for. The sampler's device state is sized by them.
 MAX_SAMPLES = 128  # sequences of one prompt
 MAX_LOGPROBS = 20
@@ -29,15 +50,107 @@ MAX_STOP_STRING_CHARS = 256
 MAX_BAD_WORDS = 64  # token sequences, after tokenisation
 MAX_BAD_WORD_TOKENS = 8
 MAX_LOGIT_BIAS = 1024
+MAX_CONSTRAINT_CHARS = 131_072  # of a schema, a regex or a grammar, or of all choices together
+MAX_CHOICES = 1024
 
+ConstraintKind = Literal[
+    "json_schema", "json_object", "regex", "lark", "ebnf", "structural_tag", "choice"
+]
 
 _NOT_WITH_BEAMS = frozenset(
     (
         *("min_tokens", "top_k", "top_p", "min_p", "seed", "stop", "bad_words", "logit_bias"),
         *("repetition_penalty", "presence_penalty", "frequency_penalty", "allowed_token_ids"),
-        *("logprobs", "prompt_logprobs"),
+        *("logprobs", "prompt_logprobs", "constraint"),
     )
 )
+# What could leave a constrained row without a token to choose, or without an end.
+_NOT_WITH_CONSTRAINTS = ("min_tokens", "allowed_token_ids", "bad_words", "ignore_eos")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Constraint:
+    """What the whole output must match. Checked on construction, but for the text's grammar.
+
+    Attributes:
+      kind: what `text` is: a JSON schema, a regular expression, a grammar in Lark's form, or one
+        in EBNF as llama.cpp writes it (GBNF); or a structural tag in vLLM's JSON or xgrammar's,
+        free text in which certain beginnings go on by a schema. Or "json_object", any JSON object,
+        and "choice", one of `choices`, which have no text.
+      text: at most MAX_CONSTRAINT_CHARS characters.
+      choices: texts, at most MAX_CHOICES.
+    """
+
+    kind: ConstraintKind
+    text: str = ""
+    choices: tuple[str, ...] = ()
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(ConstraintKind):
+            kinds = ", ".join(get_args(ConstraintKind))
+            raise InvalidRequest("constraint.kind", f"{self.kind!r:.40} is not one of {kinds}")
+        if not isinstance(self.text, str):
+            raise InvalidRequest("constraint.text", "is not a text")
+        _check_count("constraint.choices", self.choices, MAX_CHOICES)
+        for choice in self.choices:
+            if not isinstance(choice, str) or not choice:
+                raise InvalidRequest("constraint.choices", "each must be a text that is not empty")
+        has_text = self.kind not in ("json_object", "choice")
+        if bool(self.text) is not has_text:
+            problem = "is empty, but {} takes one" if has_text else "is given, but {} takes none"
+            raise InvalidRequest("constraint.text", problem.format(self.kind))
+        if bool(self.choices) is not (self.kind == "choice"):
+            problem = "are given, but {} takes none" if self.choices else "is empty; give some"
+            raise InvalidRequest("constraint.choices", problem.format(self.kind))
+        if (num_chars := len(self.text) + sum(map(len, self.choices))) > MAX_CONSTRAINT_CHARS:
+            raise InvalidRequest(
+                "constraint",
+                f"has {num_chars} characters, but at most {MAX_CONSTRAINT_CHARS} are taken; "
+                "make it shorter",
+            )
+
+
+def grammar_kind(grammar: str) -> ConstraintKind:
+    """Which form a grammar has: EBNF (GBNF) writes its rules as `name ::= …`, Lark as `name: …`.
+    vLLM tells them apart in the same way."""
+    if len(grammar) > MAX_CONSTRAINT_CHARS:
+        return "lark"  # whichever: `Constraint` refuses it, and a longer one takes long to look at
+    is_ebnf = any(
+        "::=" in line.partition("#")[0] and not line.lstrip().startswith("//")
+        for line in grammar.splitlines()
+    )
+    return "ebnf" if is_ebnf else "lark"
+
+
+class Matcher(Protocol):
+    """Follows one output under a constraint. One thread at a time may use it."""
+
+    def fill(self, mask: np.ndarray) -> None:
+        """Say what may come next, in int32[ceil(V / 32)]: token i is bit i % 32 of word i // 32.
+
+        Where the output can't go on, only the model's end-of-sequence tokens may come.
+
+        Raises:
+          ConstraintBroken: it can't be told, within the limits of time and memory.
+        """
+        ...
+
+    def advance(self, token_id: int) -> None:
+        """Take in the token that came. Raises ConstraintBroken, too if it may not have come."""
+        ...
+
+
+class ConstraintBroken(RuntimeError):
+    """An output can't be kept to its constraint any longer.
+
+    Args:
+      message: why.
+      is_spent: it has used up the time or memory that it may; nothing is wrong with it otherwise.
+    """
+
+    def __init__(self, message: str, *, is_spent: bool = False):
+        super().__init__(message)
+        self.is_spent = is_spent
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -73,6 +186,8 @@ class SamplingParams:
       length_penalty: an output's score is its log-probability over its length to this power.
       early_stopping: the search ends with the first beam_width outputs. Without, it goes on while
         the best beam's score, were it to end now, is above the worst of those.
+      constraint: what the whole output must match; it then ends as soon as it can't go on. Stop
+        strings and tokens still end it early, and max_tokens cuts it off.
 
     Beam search takes the same choices as transformers' (`num_beams`), and no field that changes
     probabilities, draws, or reads the text.
@@ -101,6 +216,7 @@ class SamplingParams:
     beam_width: int = 1
     length_penalty: float = 1.0
     early_stopping: bool = False
+    constraint: Constraint | None = None
 
     def __post_init__(self) -> None:
         _check_range("temperature", self.temperature, 0.0, 100.0)
@@ -145,7 +261,7 @@ class SamplingParams:
             if not isinstance(entry, tuple) or len(entry) != 2:
                 raise InvalidRequest("logit_bias", f"{entry!r:.80} is not a (token id, bias) pair")
             _check_int("logit_bias", entry[0], 0, 2**31 - 1)
-            _check_range(f"logit_bias[{entry[0]}]", entry[1], -100.0, 100.0)
+            _check_range("logit_bias", entry[1], -100.0, 100.0, whose=f" for token {entry[0]}")
         if len({token for token, _ in self.logit_bias}) < len(self.logit_bias):
             raise InvalidRequest("logit_bias", "names a token twice; give each token once")
         if self.allowed_token_ids is not None and not isinstance(self.allowed_token_ids, tuple):
@@ -161,6 +277,20 @@ class SamplingParams:
         elif self.length_penalty != 1.0 or self.early_stopping:
             field = "early_stopping" if self.early_stopping else "length_penalty"
             raise InvalidRequest(field, "is for beam search; set beam_width above 1")
+        if self.constraint is not None:
+            self._check_constraint()
+
+    def _check_constraint(self) -> None:
+        """Refuse what could contradict the constraint, so that no token would be left."""
+        if not isinstance(self.constraint, Constraint):
+            raise InvalidRequest("constraint", "is not a Constraint")
+        for field in dataclasses.fields(self):
+            if field.name in _NOT_WITH_CONSTRAINTS and getattr(self, field.name) != field.default:
+                raise InvalidRequest(
+                    field.name,
+                    "does not go with a constraint, which it could contradict; leave one of the "
+                    "two out",
+                )
 
     def _check_beams(self) -> None:
         """Refuse what has no meaning for a search, or none that is agreed on."""
@@ -200,12 +330,12 @@ class SamplingParams:
 
 
 def _check_range(
-    field: str, value: float, low: float, high: float, *, low_open: bool = False
+    field: str, value: float, low: float, high: float, *, low_open: bool = False, whose: str = ""
 ) -> None:
     ok = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
     if not ok or not (low < value if low_open else low <= value) or value > high:
         brackets = f"{'(' if low_open else '['}{low:g}, {high:g}]"
-        raise InvalidRequest(field, f"{value!r} is not a number in {brackets}")
+        raise InvalidRequest(field, f"{value!r}{whose} is not a number in {brackets}")
 
 
 def _check_int(field: str, value: int, low: int, high: int) -> None:

@@ -21,7 +21,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from engine.sampling import SamplingParams
+from engine.sampling import Matcher, SamplingParams
 
 
 class QueueFull(RuntimeError):
@@ -67,6 +67,7 @@ class SamplerRow(NamedTuple):
     edits: bool
     min_tokens: int
     wants_logprobs: bool
+    constrained: bool
     seed_low: int
     seed_high: int
 
@@ -102,6 +103,8 @@ class Request:
       forks: further sequences that part from this one where the prompt ends, and share its
         blocks. They don't ask for the prompt's log-probabilities, which are this one's. With
         beams, there are beam_width - 1.
+      matchers: of a constraint, one for each of its sequences, at the beginning; the step loop
+        takes them over. The scheduler doesn't read them.
       sampler_row: follows from the rest; None if an argmax is all it takes.
     """
 
@@ -119,6 +122,7 @@ class Request:
     is_private: bool = False
     is_public: bool = False
     forks: tuple[Fork, ...] = ()
+    matchers: tuple[Matcher, ...] = dataclasses.field(default=(), repr=False, compare=False)
     sampler_row: SamplerRow | None = dataclasses.field(init=False, repr=False, default=None)
 
     def __post_init__(self) -> None:
@@ -129,6 +133,7 @@ class Request:
             and not sampling.edits_logits
             and self.num_logprobs is None
             and sampling.prompt_logprobs is None
+            and sampling.constraint is None
         ):
             return
         row = SamplerRow(
@@ -142,6 +147,7 @@ class Request:
             edits=sampling.edits_logits,
             min_tokens=sampling.min_tokens,
             wants_logprobs=self.num_logprobs is not None,
+            constrained=sampling.constraint is not None,
             seed_low=self.seed & 0xFFFFFFFF,
             seed_high=self.seed >> 32,
         )
@@ -176,6 +182,7 @@ class Request:
             seed=fork.seed,
             sampling=dataclasses.replace(self.sampling, prompt_logprobs=None),
             forks=(),
+            matchers=(),
         )
 
 

@@ -33,6 +33,7 @@ from engine.core.scheduler import SchedulerState
 from engine.memory_plan import kv_copies
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder, abstract_decoder
+from engine.runtime.constraints import Constraints
 from engine.runtime.mesh import make_mesh, weight_shardings
 from engine.runtime.runner import Launched, Runner, RunnerShape
 from engine.sampling import SamplingParams
@@ -106,8 +107,10 @@ class SmallEngine:
         assert limits.num_blocks <= self.runner.shape.num_blocks
         results = {name: Result() for request in requests for name in request.replies}
         state = SchedulerState.initial(limits)
+        constraints = Constraints()
         for request in requests:
             state = scheduler.admit(state, limits, request)
+            constraints.add(request)
         in_flight: Launched | None = None
         step = 0
         while not state.is_idle or in_flight is not None:
@@ -123,11 +126,19 @@ class SmallEngine:
             if launched is None:
                 self.runner.move_blocks(plan)
             assert launched or in_flight or state.is_idle, "no progress"
+            if not ahead:
+                self._choose(launched, constraints)
             waited, in_flight = (in_flight, launched) if ahead else (launched, None)
             if waited is not None:
                 state, outputs = scheduler.commit(state, waited.plan, waited.wait(), limits)
                 state.check()
                 _deliver(outputs, results)
+                for output in outputs:
+                    if output.finish_reason is not None:
+                        constraints.forget(output.request_id)
+                assert not constraints.advance(outputs)
+            if ahead:
+                self._choose(launched, constraints)
         assert state.pool.owned == 0, "blocks are still owned after the last request"
         assert all(result.finish_reason is not None for result in results.values())
         return results
@@ -135,6 +146,11 @@ class SmallEngine:
     def run_one(self, request: Request, **options: Any) -> Result:
         """`run` for a single request."""
         return self.run([request], **options)[request.request_id]
+
+    def _choose(self, launched: Launched | None, constraints: Constraints) -> None:
+        if launched is not None and launched.masks is not None:
+            assert not constraints.fill(launched.plan, launched.masks)
+            self.runner.choose(launched)
 
     def _launch(self, plan: StepPlan, on_plan: Callable[[StepPlan, Batch], None]) -> Launched:
         batch = batching.build(plan, self.runner.shape.buckets, self.runner.sink_slot)

@@ -22,7 +22,7 @@ from engine.llm import LLM
 from engine.loading import LoadedEngine, load_engine
 from engine.runtime.event_log import LogError
 from engine.runtime.replay import replay
-from engine.sampling import InvalidRequest, SamplingParams
+from engine.sampling import Constraint, InvalidRequest, SamplingParams
 from engine.serve import convert
 from engine.types import BeamScore, FinishReason
 from tests.runtime import tiny
@@ -212,6 +212,7 @@ REFUSED: dict[str, Any] = {
     "allowed_token_ids": (1,),
     "bad_words": ("word",),
     "stop": ("stop",),
+    "constraint": Constraint("json_object"),
     "seed": 0,
     "logprobs": 0,
     "prompt_logprobs": 0,

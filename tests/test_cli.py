@@ -22,7 +22,7 @@ from tests.conftest import ROOT
 from tests.dashboard.reader import recordings
 from tests.runtime import tiny
 
-COMMANDS = ("serve", "chat", "generate", "plan", "calibrate", "replay", "convert", "bench")
+COMMANDS = ("serve", "chat", "generate", "plan", "calibrate", "replay", "convert", "bench", "key")
 HEAVY = ("flax", "gguf", "grpc", "jax", "jinja2", "numpy", "orbax", "safetensors", "tokenizers")
 
 
@@ -140,10 +140,16 @@ def test_generate_records_what_replays(octavo: CommandLine, config: Path, tmp_pa
 def test_a_page_that_others_reach_must_be_allowed(octavo: CommandLine, config: Path) -> None:
     ended = octavo("serve", "-c", config, "--http", "0.0.0.0:0")
     assert ended.code == 2
-    assert "--http-public" in ended.err
+    assert "--http is 0.0.0.0, which other machines reach" in ended.err
+    ended = octavo("serve", "-c", config, "--set", "server.http=0.0.0.0:0")
+    assert ended.code == 2
+    assert "--http is 0.0.0.0, which other machines reach" in ended.err
+    ended = octavo("serve", "-c", config, "--http", "99999")
+    assert ended.code == 2
+    assert "a port, from 0 to 65535, or host:port" in ended.err
     ended = octavo("serve", "-c", config, "--http-public")
     assert ended.code == 2
-    assert "the page of --http, which is missing" in ended.err
+    assert "the page of server.http (--http), which is missing" in ended.err
 
 
 def test_a_log_with_tokens_is_asked_for_by_name(
@@ -186,7 +192,9 @@ def test_a_converted_model_is_the_same_model(
     ("arguments", "message"),
     [
         (("generate", "--bogus"), "generate"),
-        (("plan",), "--config"),
+        (("plan",), "--config is missing: a YAML file, such as configs/smollm2-135m-cpu.yaml"),
+        (("generate", "-c", "x", "-o", "y"), "--input is missing"),
+        (("chat", "hello"), 'octavo chat -m "Hello"'),
         (("frob",), "Unknown command"),
         (("chat", "--max-tokens", "many"), "max-tokens"),
     ],
@@ -222,7 +230,8 @@ def test_a_log_level_that_does_not_exist_is_explained() -> None:
     ended = subprocess.run(
         command, cwd=ROOT, capture_output=True, text=True, env=environment, check=False
     )
-    assert (ended.returncode, ended.stderr.strip()) == (2, "octavo: Unknown level: 'LOUD'")
+    said = "OCTAVO_LOG is 'loud'; it must be one of debug, info, warning, error, critical"
+    assert (ended.returncode, ended.stderr.strip()) == (2, f"octavo: {said}")
 
 
 class FakeTerminal(io.StringIO):
@@ -302,3 +311,42 @@ def test_libtpu_is_silent_where_there_is_no_tpu() -> None:
         [sys.executable, "-c", code], env=quiet, capture_output=True, text=True, check=True
     )
     assert ended.stderr == ""
+
+
+STRANGER = """
+import socket, ssl
+from concurrent.futures import ThreadPoolExecutor
+from engine import cli
+
+def serve(*_, **__):
+    import grpc, trustme
+    certificate = trustme.CA().issue_cert("127.0.0.1")
+    pair = certificate.private_key_pem.bytes(), certificate.cert_chain_pems[0].bytes()
+    server = grpc.server(ThreadPoolExecutor(1))
+    port = server.add_secure_port("127.0.0.1:0", grpc.ssl_server_credentials([pair]))
+    server.start()
+    context = ssl._create_unverified_context()
+    context.set_alpn_protocols(["h2"])
+    name = "x\\nWARNING octavo.serve: resumed by an operator"
+    with socket.create_connection(("127.0.0.1", port)) as raw:
+        context.wrap_socket(raw, server_hostname=name).recv(1)
+    server.stop(0).wait()
+
+cli.app = serve
+cli.main()
+"""
+
+
+def test_a_stranger_s_handshake_writes_nothing_into_the_log() -> None:
+    """gRPC's core would write the name that was asked for, line breaks and all."""
+    environment = {name: text for name, text in os.environ.items() if name != "GRPC_VERBOSITY"}
+    result = subprocess.run(
+        [sys.executable, "-c", STRANGER],
+        cwd=ROOT,
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=60,
+        check=False,
+    )
+    assert (result.returncode, result.stderr) == (0, "")

@@ -343,6 +343,9 @@ def test_later_overrides_win_and_work_together(file: Path) -> None:
     [
         ("model.dtype", "--set takes key=value, such as model.dtype=float32, not 'model.dtype'"),
         ("=float32", "--set takes key=value"),
+        ("model.dtpye=x", "--set model.dtpye=x: unknown key model.dtpye; did you mean model.dt"),
+        ("modle.dtype=x", "--set modle.dtype=x: unknown key modle; did you mean model"),
+        ("path=x", "--set path=x: unknown key path; known: model"),
         ("model.source.x=1", "source is a value, not a section"),
         ("model.dtpe=float32", "unknown key model.dtpe; did you mean model.dtype?"),
         ("model.dtype=int8", "model.dtype"),

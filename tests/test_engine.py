@@ -12,13 +12,15 @@ from typing import Any
 
 import pytest
 
+from engine import preparing
 from engine.config_file import from_tree
 from engine.core.limits import Limits
 from engine.frontend import Delta, Engine, EngineStopped, Prompt
 from engine.loading import LoadedEngine, load_engine
 from engine.runtime.replay import replay
-from engine.sampling import InvalidRequest, SamplingParams
+from engine.sampling import Constraint, InvalidRequest, SamplingParams
 from engine.text import Message
+from engine.text.grammar_trials import Trial
 from engine.types import Domain, FinishReason, QueueFull
 from tests.runtime import tiny
 from tests.runtime.tiny import random_ids
@@ -321,10 +323,9 @@ async def test_an_abort_during_tokenisation_is_not_lost(
         )
         monkeypatch.setattr(engine.tokenizer, "apply_chat_template", _waits(release))
         await until(lambda: engine.abort("chat"))
+        answer = await chat  # at once
         release.set()
-        answer = await chat
     assert (answer.tokens, answer.last.finish_reason) == ((), FinishReason.ABORT)
-    assert answer.last.usage.prompt_tokens == 3
     assert engine.stats().steps == 0
 
 
@@ -341,10 +342,8 @@ async def test_time_spent_on_tokenising_counts(
 ) -> None:
     release = threading.Event()
     monkeypatch.setattr(engine.tokenizer, "apply_chat_template", _waits(release))
-    task = asyncio.create_task(ask(engine, (Message("user", "hi"),), timeout=0.02))
-    await asyncio.sleep(0.03)
+    answer = await ask(engine, (Message("user", "hi"),), timeout=0.02)  # at once
     release.set()
-    answer = await task
     assert (answer.tokens, answer.last.finish_reason) == ((), FinishReason.DEADLINE)
 
 
@@ -446,25 +445,76 @@ async def test_closing_the_engine_ends_every_stream(loaded: LoadedEngine) -> Non
     engine.close()
 
 
-async def test_long_texts_that_are_cancelled_do_not_pile_up(
+async def test_what_is_slow_to_read_is_bounded_for_a_tenant_and_holds_up_no_other(
     loaded: LoadedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Their work can't be stopped, so it counts until it is done."""
-    engine = Engine(with_limits(loaded, max_waiting=4))
+    engine, bob = Engine(with_limits(loaded, max_waiting=2)), Domain("bob")
     try:
-        with slow_tokenizer(engine, monkeypatch) as release:
-            tasks = [asyncio.create_task(ask(engine, "x" * 9000)) for _ in range(4)]
-            await asyncio.sleep(0)
-            for task in tasks:
-                task.cancel()
-            await asyncio.gather(*tasks, return_exceptions=True)
-            with pytest.raises(QueueFull, match="4 long texts"):
-                await ask(engine, "x" * 9000)
-            release.set()
-            await until(lambda: engine._num_long_texts == 0)
-        assert len((await ask(engine, "Hello")).tokens) == 12
+        with slow_tokenizer(engine, monkeypatch):
+            for _ in range(10):  # what is cancelled goes, but for what has begun
+                tasks = [asyncio.create_task(ask(engine, "x" * 9000)) for _ in range(2)]
+                await asyncio.sleep(0)
+                for task in tasks:
+                    task.cancel()
+                await asyncio.gather(*tasks, return_exceptions=True)
+            with pytest.raises(QueueFull, match="2 long texts are being read already"):
+                await asyncio.gather(*(ask(engine, "x" * 9000) for _ in range(3)))
+            assert (await ask(engine, (Message("user", "hi"),), domain=bob)).tokens
     finally:
         engine.close()
+
+
+async def test_new_grammars_hold_up_neither_chats_nor_known_ones_nor_those_of_others(
+    engine: Engine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def constrained(text: str) -> SamplingParams:
+        return SamplingParams(max_tokens=20, constraint=Constraint("regex", text))
+
+    known = constrained("known")
+    assert (await ask(engine, "x", known)).text == "known"
+    release = threading.Event()
+    grammars = engine._loaded.grammars
+    tried = grammars._tried
+
+    def slow(constraint: Constraint) -> Trial:
+        if constraint.text.startswith("slow"):
+            release.wait()
+        return tried(constraint)
+
+    monkeypatch.setattr(grammars, "_tried", slow)
+    for number in range(preparing.MAX_NEW_GRAMMARS + 4):  # their clients leave
+        task = asyncio.create_task(ask(engine, "x", constrained(f"slow {number}")))
+        await asyncio.sleep(0)
+        task.cancel()
+        await asyncio.gather(task, return_exceptions=True)
+    late = await ask(engine, "x", constrained("slow and late"), timeout=0.02)
+    assert late.last.finish_reason is FinishReason.DEADLINE
+    task = asyncio.create_task(ask(engine, "x", constrained("slow"), request_id="mine"))
+    await until(lambda: engine.abort("mine"))
+    assert (await task).last.finish_reason is FinishReason.ABORT
+    assert (await ask(engine, "x", known)).text == "known"
+    assert (await ask(engine, (Message("user", "hi"),))).tokens
+    bob = await ask(engine, "x", constrained("bob's"), domain=Domain("bob"))
+    assert bob.text == "bob's"
+    release.set()
+    assert (await ask(engine, "x", constrained("slow after all"))).text == "slow after all"
+
+
+async def test_a_full_queue_refuses_before_it_reads(
+    loaded: LoadedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    engine = Engine(with_limits(loaded, max_waiting=1, max_num_seqs=1))
+    try:
+        tasks = [asyncio.create_task(ask(engine, "Hello", LONG))]
+        await until(lambda: engine.stats().running)
+        tasks.append(asyncio.create_task(ask(engine, "Hello", LONG)))
+        await until(lambda: engine.stats().waiting)
+        monkeypatch.setattr(engine.tokenizer, "apply_chat_template", pytest.fail)
+        with pytest.raises(QueueFull, match="1 requests are waiting already"):
+            await ask(engine, (Message("user", "hi"),))
+    finally:
+        engine.close()
+        await asyncio.gather(*tasks)
 
 
 async def test_a_full_queue_is_refused_and_the_engine_goes_on(loaded: LoadedEngine) -> None:

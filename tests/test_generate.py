@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import re
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 from engine.frontend import Usage
 from engine.generate import Line, LineError, generate_file, parse_line, read_lines
 from engine.llm import LLM, Completion
-from engine.sampling import InvalidRequest, SamplingParams
+from engine.sampling import Constraint, InvalidRequest, SamplingParams
 from engine.types import FinishReason, TokenLogprobs
 
 
@@ -211,12 +212,47 @@ def test_every_sampling_field_is_read() -> None:
         "n": 3,
     }
     beams = {"beam_width": 4, "length_penalty": 0.5, "early_stopping": True}
-    assert fields.keys() | beams.keys() == set(SamplingParams.__dataclass_fields__)
+    known = fields.keys() | beams.keys() | {"constraint"}
+    assert known == set(SamplingParams.__dataclass_fields__)
     for given in (fields, beams):
         sampling = parse_line(line(prompt="x", **given), 1, 0).sampling
         for name, value in given.items():
             found = getattr(sampling, name)
             assert json.loads(json.dumps(found)) == value != getattr(SamplingParams(), name), name
+
+
+@pytest.mark.parametrize(
+    ("given", "expected"),
+    [
+        ({"kind": "regex", "text": "[a-z]+"}, Constraint("regex", "[a-z]+")),
+        ({"kind": "json_object"}, Constraint("json_object")),
+        ({"kind": "choice", "choices": ["a", "b"]}, Constraint("choice", choices=("a", "b"))),
+        (
+            {"kind": "json_schema", "text": {"type": "object", "maxProperties": 2}},
+            Constraint("json_schema", '{"type":"object","maxProperties":2}'),
+        ),
+    ],
+    ids=lambda each: each["kind"] if isinstance(each, dict) else "",
+)
+def test_a_constraint_is_an_object_and_so_may_its_schema_be(
+    given: dict[str, Any], expected: Constraint
+) -> None:
+    assert parse_line(line(prompt="x", constraint=given), 1, 0).sampling.constraint == expected
+
+
+@pytest.mark.parametrize(
+    ("given", "problem"),
+    [
+        ({"kind": "regex"}, "constraint.text: is empty, but regex takes one"),
+        ({"kind": "poem", "text": "x"}, "Invalid enum value 'poem'"),
+        ({"kind": "regex", "text": 5}, "Expected `str`, got `int`"),
+        ("[a-z]", "Expected `object"),
+    ],
+    ids=["empty", "kind", "text", "string"],
+)
+def test_a_constraint_that_is_none_is_told(given: Any, problem: str) -> None:
+    with pytest.raises(LineError, match=re.escape(problem)):
+        parse_line(line(prompt="x", constraint=given), 1, 0)
 
 
 def test_a_dash_is_standard_input(output: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from engine.config import ServerConfig
+from engine.client import AsyncClient, Credentials
 from engine.config_file import from_tree
 from engine.domain_usage import DomainUsage, UsageByDomain
 from engine.frontend import Engine
@@ -26,11 +26,13 @@ from engine.loading import LoadedEngine, load_engine, make_limits
 from engine.runtime.replay import moments
 from engine.sampling import SamplingParams
 from engine.serve.server import Server
-from engine.streams import Delta, Usage
-from engine.types import Domain, FinishReason
+from engine.server_config import ServerConfig
+from engine.types import Domain
 from tests.core.driver import Driver, make_request
 from tests.runtime import tiny
 from tests.runtime.tiny import random_ids
+from tests.serve import access_file
+from tests.serve.access_file import tenants, write
 
 ALICE, BOB = Domain("default", "alice"), Domain("default", "bob")
 PROMPT = random_ids(70)
@@ -151,19 +153,31 @@ async def test_a_request_counts_while_it_runs_and_when_its_reader_leaves(
     assert (usage.in_progress, usage.prompt_tokens, usage.finished) == (0, 70, {"abort": 1})
 
 
-def _end(tokens: int) -> Delta:
-    return Delta(0, "", (1,) * tokens, (), (), FinishReason.STOP, None, Usage(9, 4, tokens))
+async def test_a_tenants_tokens_are_told_as_they_become_known(loaded: LoadedEngine) -> None:
+    engine = Engine(loaded)
+    told: list[tuple[str, int]] = []
+    engine.requests.on_tokens = lambda tenant, tokens: told.append((tenant, tokens))
+    try:
+        async with contextlib.aclosing(
+            engine.generate(
+                PROMPT, dataclasses.replace(GREEDY, n=2), domain=Domain("alice", "salt")
+            )
+        ) as stream:
+            await anext(stream)
+            assert told[0] == ("alice", 70)  # cached or not, once for both samples
+            _ = [delta async for delta in stream]
+    finally:
+        engine.close()
+    assert {tenant for tenant, _ in told} == {"alice"}
+    assert sum(tokens for _, tokens in told) == 70 + 2 * 2
 
 
 def test_a_client_that_invents_salts_costs_no_more_than_the_limit() -> None:
     usage = UsageByDomain(max_domains=3)
-    with contextlib.closing(usage.start(Domain("victim", "old"))) as meter:
-        meter.add(_end(2))
+    usage.asked(Domain("victim", "old")).generated_tokens += 2
     for number in range(10):
-        with contextlib.closing(usage.start(Domain("default", str(number)))) as meter:
-            meter.add(_end(number))
-        with contextlib.closing(usage.start(Domain("default", "busy"))) as meter:
-            meter.add(_end(1))
+        usage.asked(Domain("default", str(number))).end("stop", 9, 4)
+        usage.asked(Domain("default", "busy")).generated_tokens += 1
     kept = [usage.of(Domain("default", str(number))).finished for number in range(10)]
     assert kept == [{}] * 8 + [{"stop": 1}] * 2
     assert usage.of(Domain("default", "busy")).generated_tokens == 10
@@ -178,7 +192,7 @@ COUNTS = ("cached_tokens", "occupancy", "watch")
 @contextlib.asynccontextmanager
 async def served(loaded: LoadedEngine, **server: Any) -> AsyncIterator[str]:
     engine = Engine(loaded)
-    front = Server(ServerConfig(port=0, **server), grace=0.05)
+    front = Server(ServerConfig(port=0, **server, grace=0.05))
     await front.start()
     await front.set_engine(engine)
     try:
@@ -215,6 +229,35 @@ async def test_a_default_server_leaks_nothing_across_domains(loaded: LoadedEngin
         assert same == pytest.approx(1.0, abs=NOISE)
     assert {finding.verdict for finding in report.findings} == {Verdict.NO_LEAK}
     assert report.exit_code == 0
+
+
+async def test_tenants_with_keys_leak_nothing_to_each_other_and_find_their_own(
+    loaded: LoadedEngine, tmp_path: Path
+) -> None:
+    access = write(tmp_path / "access.yaml", tenants())
+    async with served(loaded, access=str(access)) as address:
+        options = Options(
+            address=address,
+            channel=COUNTS,
+            trials=16,
+            prompt_tokens=64,
+            alpha=0.05,
+            victim_key=access_file.ALICE,
+            attacker_key=access_file.BOB,
+        )
+        report = await check(options, lambda *_: None)
+        async with AsyncClient(address, Credentials(api_key=access_file.ALICE)) as alice:
+            first = [delta async for delta in alice.generate(PROMPT, GREEDY)]
+            again = [delta async for delta in alice.generate(PROMPT, GREEDY)]
+            usage = await alice.usage()
+        async with AsyncClient(address, Credentials(api_key=access_file.BOB)) as bob:
+            his = [delta async for delta in bob.generate(PROMPT, GREEDY)]
+            assert (await bob.usage()).cached_prompt_tokens < usage.cached_prompt_tokens
+            assert await bob.flush() > 0
+        async with AsyncClient(address, Credentials(api_key=access_file.ALICE)) as alice:
+            kept = [delta async for delta in alice.generate(PROMPT, GREEDY)]
+    assert [deltas[-1].cached_tokens for deltas in (first, again, his, kept)] == [0, 64, 0, 64]
+    assert {finding.verdict for finding in report.findings} == {Verdict.NO_LEAK}
 
 
 async def test_a_server_with_public_stats_leaks_and_is_found(loaded: LoadedEngine) -> None:

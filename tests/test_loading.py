@@ -144,7 +144,7 @@ def test_every_token_that_some_file_names_as_an_end_stops(folder: Path, no_weigh
     class Named:
         eos_token_ids = frozenset([tiny.TURN_END, tiny.EOS, tiny.VOCAB_SIZE, -3, 2**40, "x", True])
 
-    ids = loading._eos_token_ids(checkpoint, Named())  # type: ignore[bad-argument-type]
+    ids = loading.eos_token_ids_of(checkpoint, Named())  # type: ignore[bad-argument-type]
     assert ids == (tiny.EOS, tiny.TURN_END)  # the main one first
 
 
@@ -153,7 +153,7 @@ def test_a_model_with_more_ends_than_fit_is_refused(folder: Path) -> None:
         eos_token_ids = frozenset(range(MAX_STOP_TOKENS + 1))
 
     with pytest.raises(ConfigError, match="name 18 end-of-sequence tokens, but at most 16"):
-        loading._eos_token_ids(loading.open_checkpoint(folder), Named())  # type: ignore[bad-argument-type]
+        loading.eos_token_ids_of(loading.open_checkpoint(folder), Named())  # type: ignore[bad-argument-type]
 
 
 def test_what_is_wrong_with_the_files_shows_before_the_weights_are_read(

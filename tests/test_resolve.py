@@ -11,7 +11,7 @@ from engine.config import CacheConfig
 from engine.core.limits import Limits
 from engine.resolve import QUICK_CHARS, Resolver, deadline_after, is_quick
 from engine.sampling import InvalidRequest, SamplingParams
-from engine.text import Message, Tokenizer
+from engine.text import Grammars, Message, Tokenizer
 from engine.types import Domain, Request
 from tests.runtime import tiny
 
@@ -24,7 +24,9 @@ CHAT = (Message("user", "hi"),)
 def resolver(tmp_path_factory: pytest.TempPathFactory) -> Resolver:
     folder = tiny.write_model(tmp_path_factory.mktemp("model"))
     tokenizer = Tokenizer.from_folder(folder)
-    return Resolver(tokenizer, LIMITS, tiny.VOCAB_SIZE, (tiny.EOS, tiny.TURN_END), CACHE)
+    ends = (tiny.EOS, tiny.TURN_END)
+    grammars = Grammars(tokenizer, tiny.VOCAB_SIZE, ends)
+    return Resolver(tokenizer, LIMITS, tiny.VOCAB_SIZE, ends, CACHE, grammars)
 
 
 def resolve(resolver: Resolver, prompt: Any, **fields: Any) -> Request:

@@ -57,14 +57,21 @@ def pool_copies(
     """
     memory = compiled.memory_analysis()
     assert memory is not None
-    found = []
-    if memory.alias_size_in_bytes < num_bytes:
-        found.append(f"only {memory.alias_size_in_bytes} of {num_bytes} bytes are aliased")
+    found = unaliased(compiled, num_bytes)
     if memory.temp_size_in_bytes > num_bytes // 16:
         found.append(f"{memory.temp_size_in_bytes} temporary bytes for {num_bytes} of pool")
     text = compiled.as_text()
     assert text
     return found + _large_results(text, smallest or num_elements // 2, set(weight_shapes))
+
+
+def unaliased(compiled: jax.stages.Compiled, num_bytes: int) -> list[str]:
+    """Why a program may copy what is donated to it, of so many bytes on one device."""
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    if memory.alias_size_in_bytes < num_bytes:
+        return [f"only {memory.alias_size_in_bytes} of {num_bytes} bytes are aliased"]
+    return []
 
 
 def _large_results(
@@ -116,10 +123,11 @@ class Collectives(NamedTuple):
         return ", ".join(parts) or "none"
 
 
-def collectives(text: str) -> Collectives:
-    """The collectives in a step's text; the layer loop is the one directly in the step."""
+def collectives(*texts: str) -> Collectives:
+    """The collectives in the texts of a step's programs; the layer loop is the one directly in a
+    program."""
     computations: list[list[str]] = [[]]
-    for line in text.splitlines():
+    for line in "\n".join(texts).splitlines():
         if _COMPUTATION.match(line):
             computations.append([])
         computations[-1].append(line)

@@ -10,6 +10,7 @@ import dataclasses
 import math
 import time
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -29,15 +30,15 @@ from engine.weights import open_checkpoint, with_kv_copies
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Program:
-    """One compiled step. Bytes are of one chip.
+    """One compiled step: its two programs, of which one runs at a time. Bytes are of one chip.
 
     Attributes:
       topology, bucket: what was compiled, and for what.
       seconds: of tracing and compiling.
       weight_bytes, kv_bytes, state_bytes, temp_bytes: what it holds while it runs; the state is
         the sampler's.
-      peak_bytes: arguments, outputs and temporaries, less the outputs that take the place of
-        arguments, and the program's code.
+      peak_bytes: of the program that needs more: arguments, outputs and temporaries, less the
+        outputs that take the place of arguments, and the code; and what the other one holds.
       hbm_bytes: what a program may use at most.
       num_blocks: of the pool. num_blocks_that_fit: if it took all the memory left.
       collectives: by kind, and by how often they run.
@@ -134,49 +135,65 @@ def compile_program(step: Step, bucket: Bucket, topology: str) -> Program:
     start = time.perf_counter()
     try:
         with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # names the kernels' target
-            compiled = step.lower(bucket, "tpu").compile()
+            forward = step.lower_forward(bucket, "tpu").compile()
+            choose = step.lower_choose(bucket.num_seqs, "tpu").compile()
     except (jax.errors.JaxRuntimeError, NotImplementedError) as error:
         raise AotError(first_lines(error)) from None
     seconds = time.perf_counter() - start
-    memory, text = compiled.memory_analysis(), compiled.as_text()
-    assert memory is not None
+    text, choosing = forward.as_text(), choose.as_text()
     assert text
-    peak = (
+    assert choosing
+    weight_bytes = bytes_per_chip(step.weights)
+    kv_bytes, state_bytes = bytes_per_chip(step.kv_pool), bytes_per_chip(step.state)
+    peak = max(
+        _peak_bytes(forward) + state_bytes - bytes_per_chip(step.state.recent),
+        _peak_bytes(choose) + weight_bytes + kv_bytes,
+    )
+    num_layers = step.num_layers
+    pool_elements = math.prod(step.kv_pool.sharding.shard_shape(step.kv_pool.shape))
+    num_blocks = step.kv_pool.shape[0] // num_layers
+    hbm_bytes = generation(topology).hbm_bytes
+    copies = hlo.pool_copies(
+        forward,
+        num_elements=pool_elements,
+        num_bytes=kv_bytes,
+        smallest=pool_elements // num_layers,
+        weight_shapes={
+            weight.sharding.shard_shape(weight.shape) for weight in jax.tree.leaves(step.weights)
+        },
+    )
+    return Program(
+        topology=topology,
+        bucket=bucket,
+        seconds=seconds,
+        weight_bytes=weight_bytes,
+        kv_bytes=kv_bytes,
+        state_bytes=state_bytes,
+        temp_bytes=max(_memory(forward).temp_size_in_bytes, _memory(choose).temp_size_in_bytes),
+        peak_bytes=peak,
+        hbm_bytes=hbm_bytes,
+        num_blocks=num_blocks,
+        num_blocks_that_fit=(hbm_bytes - peak + kv_bytes) // (kv_bytes // num_blocks),
+        collectives=hlo.collectives(text, choosing),
+        vmem_bytes=hlo.kernel_vmem(text),
+        copies=copies + hlo.unaliased(choose, state_bytes),
+    )
+
+
+def _memory(compiled: jax.stages.Compiled) -> Any:
+    memory = compiled.memory_analysis()
+    assert memory is not None
+    return memory
+
+
+def _peak_bytes(compiled: jax.stages.Compiled) -> int:
+    memory = _memory(compiled)
+    return (
         memory.argument_size_in_bytes
         + memory.output_size_in_bytes
         + memory.temp_size_in_bytes
         + memory.generated_code_size_in_bytes
         - memory.alias_size_in_bytes
-    )
-    num_layers = step.num_layers
-    pool_elements = math.prod(step.kv_pool.sharding.shard_shape(step.kv_pool.shape))
-    kv_bytes, state_bytes = bytes_per_chip(step.kv_pool), bytes_per_chip(step.state)
-    num_blocks = step.kv_pool.shape[0] // num_layers
-    hbm_bytes = generation(topology).hbm_bytes
-    return Program(
-        topology=topology,
-        bucket=bucket,
-        seconds=seconds,
-        weight_bytes=bytes_per_chip(step.weights),
-        kv_bytes=kv_bytes,
-        state_bytes=state_bytes,
-        temp_bytes=memory.temp_size_in_bytes,
-        peak_bytes=peak,
-        hbm_bytes=hbm_bytes,
-        num_blocks=num_blocks,
-        num_blocks_that_fit=(hbm_bytes - peak + kv_bytes) // (kv_bytes // num_blocks),
-        collectives=hlo.collectives(text),
-        vmem_bytes=hlo.kernel_vmem(text),
-        copies=hlo.pool_copies(
-            compiled,
-            num_elements=pool_elements,
-            num_bytes=kv_bytes + state_bytes,
-            smallest=pool_elements // num_layers,
-            weight_shapes={
-                weight.sharding.shard_shape(weight.shape)
-                for weight in jax.tree.leaves(step.weights)
-            },
-        ),
     )
 
 

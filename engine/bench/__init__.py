@@ -13,6 +13,7 @@ from pathlib import Path
 
 from engine.bench.session import Setup, measure_engine, measure_server
 from engine.bench.workload import Load, Synthetic, WorkloadError
+from engine.credentials import Credentials
 
 __all__ = ["Load", "Synthetic", "WorkloadError", "latency", "serve", "throughput"]
 
@@ -83,6 +84,7 @@ def latency(
 def serve(
     address: str,
     *,
+    credentials: Credentials | None = None,
     workload: Path | None = None,
     synthetic: Synthetic | None = None,
     concurrency: int | None = None,
@@ -96,6 +98,7 @@ def serve(
 
     Args:
       address: `host:port`.
+      credentials: for servers that ask who one is.
       concurrency: requests under way at once; without it and a rate, all are sent at once.
       request_rate: requests a second, arriving as a Poisson process, instead.
       server_pid: the server's process if it runs on this machine: its memory is reported, and
@@ -105,7 +108,7 @@ def serve(
     """
     load = _load(concurrency, request_rate, synthetic)
     setup = Setup("serve", workload, synthetic, load, repeat, warm_up, output)
-    return measure_server(setup, address, server_pid)
+    return measure_server(setup, address, server_pid, credentials)
 
 
 def _load(concurrency: int | None, request_rate: float | None, synthetic: Synthetic | None) -> Load:

@@ -9,7 +9,10 @@ from typing import Annotated, Any
 import cyclopts
 from cyclopts import Parameter
 
+from engine.connect_options import ConnectOptions
 from engine.progress import ProgressBar
+
+_CONNECT = ConnectOptions()
 
 bench = cyclopts.App(name="bench", help="Measure an engine or a server.")
 
@@ -115,6 +118,7 @@ def latency(
 @bench.command(name="serve")
 def bench_serve(
     workload: Workload = Workload(),
+    connect: ConnectOptions = _CONNECT,
     *,
     address: str = "127.0.0.1:50051",
     concurrency: int | None = None,
@@ -133,6 +137,7 @@ def bench_serve(
 
     return bench.serve(
         address,
+        credentials=connect.credentials(),
         concurrency=concurrency,
         request_rate=request_rate,
         server_pid=server_pid,

@@ -184,9 +184,9 @@ class Remote:
         if not self._was_refused:
             self._was_refused = True
             print(
-                "the server shows its own figures to nobody, so the report has none: neither the "
-                "cache's use nor preemptions nor padding; start it with --set "
-                "server.public_stats=true to have them",
+                "the server shows its own figures to operators only, so the report has none: "
+                "neither the cache's use nor preemptions nor padding; to have them, use an "
+                "operator's key, or start it with --set server.public_stats=true",
                 file=sys.stderr,
             )
         return None

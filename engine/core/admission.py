@@ -9,6 +9,14 @@ from engine.sampling import InvalidRequest
 from engine.types import QueueFull, Request
 
 
+def tokens_waiting(tokens: int, num_prompt: int, most: int) -> str:
+    """What a client is told whose prompt the queue has no room for."""
+    return (
+        f"prompts of {tokens} tokens are waiting already, and with the {num_prompt} of this one it "
+        f"would be more than {most} (scheduler.max_waiting_tokens); try again later"
+    )
+
+
 def check_request(core: Core, limits: Limits, request: Request) -> int:
     """Raise what `scheduler.admit` raises; else return how long prompt and output may get."""
     num_prompt = len(request.prompt_ids)
@@ -62,6 +70,10 @@ def check_request(core: Core, limits: Limits, request: Request) -> int:
     num_waiting = len(core.sequences) - len(core.running)
     if num_waiting + len(request.forks) >= limits.max_waiting:
         raise QueueFull(f"{limits.max_waiting} requests are waiting already; try again later")
+    if limits.max_waiting_tokens is not None and num_waiting:
+        tokens = core.waiting.num_tokens
+        if tokens and tokens + num_prompt > limits.max_waiting_tokens:
+            raise QueueFull(tokens_waiting(tokens, num_prompt, limits.max_waiting_tokens))
     if request.is_public:
         others = (seq.request for seq in core.sequences.values())
         core.public.check_admission(request, limits, others)

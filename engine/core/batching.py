@@ -23,7 +23,7 @@ UNKNOWN_TOKEN = -1  # in Batch.token_ids: the token that the row's slot sampled 
 class SamplingBatch:
     """How each row of a batch chooses its token. Rows not in `special_rows` are greedy.
 
-    Arrays: S rows, T token positions; padded entries hold neutral values.
+    Arrays: S rows; padded ones hold neutral values.
     """
 
     special_rows: Array  # int32[S]: rows that need more than an argmax, then padding
@@ -38,11 +38,9 @@ class SamplingBatch:
     edits: Array  # bool[S]: penalties, bias and bad words of the slot apply
     bans_stops: Array  # bool[S]: the slot's stop tokens can't be chosen yet
     wants_logprobs: Array  # bool[S]
+    constrained: Array  # bool[S]: the row's mask says which tokens can be chosen
     seeds: Array  # uint32[S, 2]: low and high word
     output_positions: Array  # int32[S]: tokens generated before this one
-    prompt_indices: Array  # int32[T]: which of the T tokens want prompt log-probabilities
-    prompt_targets: Array  # int32[T]: the prompt token after each of them
-    num_prompt_logprobs: Array  # int32[]: how many entries of the two count
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -63,6 +61,9 @@ class Batch:
     slots: Array  # int32[S]
     samples: Array  # bool[S]: whether the row chooses a new token
     logits_tokens: Array  # int32[S]: which of the T tokens' logits it chooses from
+    prompt_indices: Array  # int32[T]: which of the T tokens want prompt log-probabilities
+    prompt_targets: Array  # int32[T]: the prompt token after each of them
+    num_prompt_logprobs: Array  # int32[]: how many entries of the two count
     sampling: SamplingBatch
 
 
@@ -122,7 +123,7 @@ def build(plan: StepPlan, buckets: tuple[Bucket, ...], sink_slot: int) -> Batch:
         sources = [index if of is None else of for index, of in enumerate(logits_of)]
         batch.logits_tokens[:num_rows] = last[sources]
     batch.sampling.output_positions[:num_rows] = positions
-    _fill_sampling(batch.sampling, rows, starts)
+    _fill_sampling(batch, rows, starts)
     return batch
 
 
@@ -139,11 +140,19 @@ def empty(bucket: Bucket, sink_slot: int) -> Batch:
         slots=np.full(num_seqs, sink_slot, np.int32),
         samples=np.zeros(num_seqs, np.bool_),
         logits_tokens=np.zeros(num_seqs, np.int32),
-        sampling=_neutral_sampling(bucket),
+        prompt_indices=np.zeros(num_tokens, np.int32),
+        prompt_targets=np.zeros(num_tokens, np.int32),
+        num_prompt_logprobs=np.zeros((), np.int32),
+        sampling=_neutral_sampling(num_seqs),
     )
 
 
-def _fill_sampling(batch: SamplingBatch, rows: tuple[PlanRow, ...], starts: np.ndarray) -> None:
+def masks(num_seqs: int, vocab_size: int) -> np.ndarray:
+    """int32[S, ceil(V / 32)]: one bit for each token that a row may choose, all of them set."""
+    return np.full((num_seqs, -(-vocab_size // 32)), -1, np.int32)
+
+
+def _fill_sampling(batch: Batch, rows: tuple[PlanRow, ...], starts: np.ndarray) -> None:
     """What the rows ask of the sampler; those that need no more than an argmax cost nothing."""
     asking = [index for index, row in enumerate(rows) if row.request.sampler_row is not None]
     for index in asking:
@@ -152,8 +161,9 @@ def _fill_sampling(batch: SamplingBatch, rows: tuple[PlanRow, ...], starts: np.n
     special = np.array([index for index in asking if rows[index].samples], np.intp)
     if not special.size:
         return
-    batch.special_rows[: special.size] = special
-    batch.num_special[...] = special.size
+    sampling = batch.sampling
+    sampling.special_rows[: special.size] = special
+    sampling.num_special[...] = special.size
     # One array for all rows, then by column: stores of single numbers would cost more.
     sampler_rows = [rows[index].request.sampler_row or () for index in special]
     numbers = np.fromiter(itertools.chain.from_iterable(sampler_rows), np.float64)
@@ -161,16 +171,16 @@ def _fill_sampling(batch: SamplingBatch, rows: tuple[PlanRow, ...], starts: np.n
     for name, values in by_field.items():
         match name:
             case "min_tokens":
-                batch.bans_stops[special] = batch.output_positions[special] < values
+                sampling.bans_stops[special] = sampling.output_positions[special] < values
             case "seed_low":
-                batch.seeds[special, 0] = values
+                sampling.seeds[special, 0] = values
             case "seed_high":
-                batch.seeds[special, 1] = values
+                sampling.seeds[special, 1] = values
             case _:
-                getattr(batch, name)[special] = values
+                getattr(sampling, name)[special] = values
 
 
-def _add_prompt_targets(batch: SamplingBatch, row: PlanRow, first_index: int) -> None:
+def _add_prompt_targets(batch: Batch, row: PlanRow, first_index: int) -> None:
     """List the row's positions whose next token belongs to the prompt."""
     targets = row.request.prompt_ids[row.start + 1 : row.start + row.num_tokens + 1]
     done = int(batch.num_prompt_logprobs)
@@ -180,9 +190,8 @@ def _add_prompt_targets(batch: SamplingBatch, row: PlanRow, first_index: int) ->
     batch.num_prompt_logprobs[...] = stop
 
 
-def _neutral_sampling(bucket: Bucket) -> SamplingBatch:
+def _neutral_sampling(num_seqs: int) -> SamplingBatch:
     """Every row greedy, nothing asked for."""
-    num_tokens, num_seqs = bucket.num_tokens, bucket.num_seqs
     return SamplingBatch(
         special_rows=np.full(num_seqs, num_seqs - 1, np.int32),
         num_special=np.zeros((), np.int32),
@@ -196,9 +205,7 @@ def _neutral_sampling(bucket: Bucket) -> SamplingBatch:
         edits=np.zeros(num_seqs, np.bool_),
         bans_stops=np.zeros(num_seqs, np.bool_),
         wants_logprobs=np.zeros(num_seqs, np.bool_),
+        constrained=np.zeros(num_seqs, np.bool_),
         seeds=np.zeros((num_seqs, 2), np.uint32),
         output_positions=np.zeros(num_seqs, np.int32),
-        prompt_indices=np.zeros(num_tokens, np.int32),
-        prompt_targets=np.zeros(num_tokens, np.int32),
-        num_prompt_logprobs=np.zeros((), np.int32),
     )

@@ -157,7 +157,7 @@ class BlockPool:
         if key not in self._block_of and block not in self._key_of:
             self._block_of[key] = block
             self._key_of[block] = key
-            self.retention.keep(block, tag)
+            self.retention.keep(block, key, tag)
 
     def cached_blocks(self) -> np.ndarray:
         """int32[C]: the blocks that are cached, in no order that counts."""
@@ -251,4 +251,4 @@ class BlockPool:
     def _forget_name(self, block: int) -> tuple[bytes, Tag]:
         key = self._key_of.pop(block)
         del self._block_of[key]
-        return key, self.retention.forget(block)
+        return key, self.retention.forget(block, key)

@@ -127,6 +127,10 @@ class HostTier:
             lambda entry: entry.tag.domain is not None and domain in (None, entry.tag.domain)
         )
 
+    def forget_all(self) -> None:
+        """Drop everything, what is public too. O(slots)."""
+        self._drop_all(lambda entry: True)
+
     def entries(self) -> list[tuple[bytes, int, Tag, int]]:
         """Key, slot, tag and expiry of each, most recently used first."""
         return [

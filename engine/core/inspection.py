@@ -5,7 +5,7 @@ from __future__ import annotations
 
 from engine.core.beams import gangs
 from engine.core.core import Core
-from engine.core.sequences import NO_SLOT, Sequence, WaitingQueue
+from engine.core.sequences import NO_SLOT, Sequence
 
 
 def copy(core: Core) -> Core:
@@ -27,7 +27,7 @@ def copy(core: Core) -> Core:
     for group in gangs(core):
         group.copy(other.sequences)
     other.running = [other.sequences[seq.request.request_id] for seq in core.running]
-    other.waiting = WaitingQueue(
+    other.waiting = type(core.waiting)(  # it may be closed, see `reloading`
         other.sequences[seq.request.request_id] for seq in core.waiting.in_order()
     )
     other.num_slots = core.num_slots
@@ -56,6 +56,7 @@ def check(core: Core) -> None:
     slots = [seq.slot for seq in core.running]
     assert sorted(slots + core.free_slots) == list(range(core.num_slots)), "slots differ"
     assert core.num_unclaimed_slots >= 0, "a slot is kept for two"
+    assert core.waiting.num_tokens == sum(seq.num_prompt for seq in waiting)
     for seq in (*waiting, *forks):
         assert seq.slot == NO_SLOT
         assert seq.num_blocks == seq.num_computed == 0

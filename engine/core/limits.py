@@ -15,12 +15,11 @@ class Limits:
 
     `fingerprint` names the weights; it goes into every block key. `host_blocks` is the size of the
     host tier, 0 for none. `allocator` is "contiguous" for what paging is compared with.
-
     `merge_blocks` takes the place of `prefix_reuse` where hits must not be observable (`merging`).
+    `max_waiting_tokens` bounds the prompts in the queue together; one of any length may be in it.
     What was measured, 0 for unknown, see `costs`: nanoseconds of a plan that transfers anything
     (`transfer_ns`), of a block's way in and out (`swap_in_ns`, `swap_out_ns`) and of computing a
     token (`compute_ns`), and picoseconds for each position before it (`attend_ps`).
-
     After `max_preemptions`, a sequence starts with every block it can need, and is left alone.
 
     Raises:
@@ -33,6 +32,7 @@ class Limits:
     max_step_tokens: int
     max_model_len: int
     max_waiting: int = 1024
+    max_waiting_tokens: int | None = None
     prefix_reuse: bool = True
     merge_blocks: bool = False
     host_blocks: int = 0

@@ -61,6 +61,7 @@ def merge_full_blocks(core: Core, limits: Limits, seq: Sequence, num_tokens: int
     for block, key in zip(own, seq.keys[first:full], strict=True):
         core.pool.name(block, key, seq.tag)  # has no effect if the key names another one
         merged += core.pool.match([key]) or [block]  # which can't be named if it was flushed
+    core.pool.retention.journal.add_stored(seq, full, limits.block_size)
     seq.num_blocks_named = full
     if merged != own:
         exchanged = [pair for pair in zip(own, merged, strict=True) if pair[0] != pair[1]]

@@ -78,12 +78,11 @@ def name_full_blocks(seq: Sequence, core: Core, limits: Limits) -> None:
     is not matched within its own plan: kernels may not order writes and reads of one step.
     """
     full = min(seq.num_computed, len(seq.token_ids)) // limits.block_size
-    if full > seq.num_blocks_named:
-        if seq.leaves_nothing:
-            return
+    if full > seq.num_blocks_named and not seq.leaves_nothing:
         seq.extend_keys(full, limits.block_size, limits.fingerprint, core.public.keys)
         for index in range(seq.num_blocks_named, full):
             core.pool.name(int(seq.block_ids[index]), seq.keys[index], seq.tag_of(index))
+        core.pool.retention.journal.add_stored(seq, full, limits.block_size)
         seq.num_blocks_named = full
 
 

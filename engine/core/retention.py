@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from engine.core.expiries import Expiries
+from engine.core.journal import Journal
 from engine.types import Domain
 
 
@@ -33,25 +34,29 @@ class Retention:
 
     Attributes:
       now: milliseconds; whoever has a clock moves it.
+      journal: what can be found from now on, and what can't be any more; off unless replaced.
     """
 
-    __slots__ = ("_by_domain", "_erased", "_expiries", "_tags", "now")
+    __slots__ = ("_by_domain", "_erased", "_expiries", "_tags", "journal", "now")
 
     def __init__(self) -> None:
         self.now = 0
+        self.journal = Journal()
         self._tags: dict[int, Tag] = {}
         self._expiries: Expiries[int] = Expiries()
         self._by_domain: dict[Domain, set[int]] = {}  # the same blocks, but for public ones
         self._erased: list[int] = []
 
-    def keep(self, block: int, tag: Tag) -> None:
-        """A block can be found from now on."""
+    def keep(self, block: int, key: bytes, tag: Tag) -> None:
+        """A block can be found by its key from now on."""
+        self.journal.name(key)
         self._tags[block] = tag
         if tag.domain is not None:
             self._by_domain.setdefault(tag.domain, set()).add(block)
 
-    def forget(self, block: int) -> Tag:
+    def forget(self, block: int, key: bytes) -> Tag:
         """It can't be found any more."""
+        self.journal.remove(key)
         tag = self._tags.pop(block)
         if tag.domain is not None:
             blocks = self._by_domain[tag.domain]
@@ -114,6 +119,7 @@ class Retention:
 
     def clear(self) -> None:
         """Everything that the blocks held is lost."""
+        self.journal.clear()
         self._tags.clear()
         self._expiries.clear()
         self._by_domain.clear()

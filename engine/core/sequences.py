@@ -252,14 +252,16 @@ class WaitingQueue:
     """Sequences without blocks, by rank. O(log n) amortised.
 
     Removal leaves the rank in the heap, to be skipped later; when most of the heap is such
-    leftovers it is made anew, so that requests which come and go don't fill it.
+    leftovers it is made anew, so that requests which come and go don't fill it. `num_tokens` is the
+    sum of the prompts'.
     """
 
-    __slots__ = ("_heap", "_present")
+    __slots__ = ("_heap", "_present", "num_tokens")
 
     def __init__(self, sequences: Iterable[Sequence] = ()):
         self._present: dict[tuple[int, int], Sequence] = {}
         self._heap: list[tuple[int, int]] = []
+        self.num_tokens = 0
         for seq in sequences:
             self.add(seq)
 
@@ -269,11 +271,13 @@ class WaitingQueue:
     def add(self, seq: Sequence) -> None:
         """Queue a sequence."""
         self._present[seq.rank] = seq
+        self.num_tokens += seq.num_prompt
         heapq.heappush(self._heap, seq.rank)
 
     def remove(self, seq: Sequence) -> None:
         """Take out a sequence that is queued."""
         del self._present[seq.rank]
+        self.num_tokens -= seq.num_prompt
         if len(self._heap) > 2 * len(self._present) + 64:
             self._heap = sorted(self._present)
 

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from engine import __version__
+from engine.credentials import Credentials
 from engine.leakcheck.addresses import Address, LeakcheckError, resolve
 from engine.leakcheck.channels import Scene
 from engine.leakcheck.http_target import HttpTarget
@@ -52,10 +53,15 @@ async def check(options: Options, progress: Progress) -> Report:
     """Run the attacks and their controls, and judge what they saw."""
     options.check()
     address = resolve(options.address, is_own=options.i_own_this_server)
-    if options.victim_key and address.kind != "https" and not address.is_loopback:
+    is_encrypted = address.kind == "https" or (address.kind == "grpc" and options.tls)
+    if options.victim_key and not is_encrypted and not address.is_loopback:
         raise LeakcheckError(
-            f"keys would travel to {address} in the clear; use https, or forward a port of this "
-            "machine to the server (ssh -L) and give that"
+            f"keys would travel to {address} in the clear; use https (--tls for host:port), or "
+            "forward a port of this machine to the server (ssh -L) and give that"
+        )
+    if (options.tls and address.kind != "grpc") or (options.ca and not is_encrypted):
+        raise LeakcheckError(
+            f"--tls is for host:port and --ca for that or https, but the address is {address}"
         )
     victim, attacker, notes = tenants(options, address)
     async with open_target(options, address) as target:
@@ -111,8 +117,15 @@ async def check_target(
 def open_target(options: Options, address: Address) -> Target:
     """The target at an address; it is to be entered."""
     if address.kind == "grpc":
-        return GrpcTarget(address, options.timeout)
-    return HttpTarget(address, options.timeout, model=options.model, max_threads=options.burst + 1)
+        secure = Credentials(tls=True, ca=options.ca).for_grpc() if options.tls else None
+        return GrpcTarget(address, options.timeout, secure=secure)
+    return HttpTarget(
+        address,
+        options.timeout,
+        model=options.model,
+        max_threads=options.burst + 1,
+        ca=options.ca,
+    )
 
 
 def tenants(options: Options, address: Address) -> tuple[Tenant, Tenant, list[str]]:

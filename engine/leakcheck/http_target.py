@@ -16,6 +16,7 @@ import ssl
 import time
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from typing import Any, Self
 
 import msgspec
@@ -57,6 +58,7 @@ class HttpTarget:
       max_threads: requests at once.
       clock: seconds; what the first token is timed with.
       settle: seconds that the metrics are given to follow the last request.
+      ca: PEM file of the authorities to trust; None: the system's.
     """
 
     def __init__(
@@ -68,7 +70,9 @@ class HttpTarget:
         max_threads: int = 16,
         clock: Clock = time.perf_counter,
         settle: float = 0.02,
+        ca: Path | None = None,
     ):
+        self._ca = ca
         self._address = address
         self._timeout = timeout
         self._model = model
@@ -106,7 +110,7 @@ class HttpTarget:
         return await loop.run_in_executor(self._threads, lambda: work(*args, **kwargs))
 
     def _first_model(self, tenant: Tenant) -> str:
-        with _Exchange(self._address, self._timeout) as exchange:
+        with _Exchange(self._address, self._timeout, self._ca) as exchange:
             response = exchange.ask("GET", f"{self._address.path}/models", tenant)
             listed = _decode(exchange.body(response), self._address)
         match listed:
@@ -126,7 +130,7 @@ class HttpTarget:
         if tenant.salt is not None:
             body["cache_salt"] = tenant.salt  # vLLM's name for it
         seconds, usage = None, {}
-        with _Exchange(self._address, self._timeout) as exchange:
+        with _Exchange(self._address, self._timeout, self._ca) as exchange:
             exchange.connect()  # a handshake says nothing about the cache
             start = self._clock()
             path = f"{self._address.path}/chat/completions"
@@ -148,7 +152,7 @@ class HttpTarget:
         return Reply(seconds, cached, _count(usage.get("prompt_tokens")))
 
     def _read_metrics(self, tenant: Tenant) -> Mapping[str, float] | None:
-        with _Exchange(self._address, self._timeout) as exchange:
+        with _Exchange(self._address, self._timeout, self._ca) as exchange:
             response = exchange.ask("GET", "/metrics", tenant, must_succeed=False)
             if response.status != http.client.OK:
                 return None
@@ -181,12 +185,12 @@ def parse_metrics(text: str) -> dict[str, float]:
 class _Exchange:
     """One request on a connection of its own, with an end to its time and to its size."""
 
-    def __init__(self, address: Address, timeout: float):
+    def __init__(self, address: Address, timeout: float, ca: Path | None):
         self._address = address
         self._timeout = timeout
         self._deadline = time.monotonic() + timeout
         self._bytes_left = MAX_MESSAGE
-        self._connection = _connection(address, timeout)
+        self._connection = _connection(address, timeout, ca)
 
     def __enter__(self) -> Self:
         return self
@@ -258,11 +262,11 @@ class _Exchange:
             yield line
 
 
-def _connection(address: Address, timeout: float) -> http.client.HTTPConnection:
+def _connection(address: Address, timeout: float, ca: Path | None) -> http.client.HTTPConnection:
     """A connection to the address that was checked, whatever its name says by now."""
     if address.kind == "http":
         return http.client.HTTPConnection(address.ip, address.port, timeout=timeout)
-    context = ssl.create_default_context()
+    context = ssl.create_default_context(cafile=ca)
     connection = http.client.HTTPSConnection(
         address.host, address.port, timeout=timeout, context=context
     )

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Annotated, Literal
 
 from cyclopts import Parameter
@@ -43,6 +44,8 @@ class Options:
       attacker_key: bearer token of another.
       victim_salt: cache_salt of one tenant; for an Octavo server without keys it is made up.
       attacker_salt: cache_salt of another.
+      tls: encrypt connections to an Octavo server; https:// does so to others.
+      ca: PEM file of the authority that issued its certificate; without it, the public ones.
       i_own_this_server: attack it even if it is not on this machine.
     """
 
@@ -66,6 +69,8 @@ class Options:
     )
     victim_salt: str | None = None
     attacker_salt: str | None = None
+    tls: Annotated[bool, Parameter(negative=())] = False
+    ca: Path | None = None
     i_own_this_server: Annotated[bool, Parameter(negative=())] = False
 
     @property

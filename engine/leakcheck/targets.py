@@ -104,7 +104,8 @@ def quoted(words: object) -> str:
 
 
 def numbers_in(message: Message) -> dict[str, float]:
-    """Every number of a flat message but clocks, by its field's name, and by its key in a map.
+    """Every number of a message but clocks, by its field's name, and by its key in a map, or by its
+    place in a list.
 
     They are read from the message's description, so that a figure which is new is watched too.
     """
@@ -114,6 +115,12 @@ def numbers_in(message: Message) -> dict[str, float]:
         if field.message_type is not None and field.message_type.GetOptions().map_entry:
             keys = sorted(value)[:MAX_KEYS]
             numbers |= {f"{field.name}[{quoted(key)}]": float(value[key]) for key in keys}
+        elif field.message_type is not None and not field.is_repeated:
+            inner = numbers_in(value)
+            numbers |= {f"{field.name}.{name}": number for name, number in inner.items()}
+        elif field.is_repeated and field.message_type is None:
+            listed = [number for number in value[:MAX_KEYS] if isinstance(number, int | float)]
+            numbers |= {f"{field.name}[{i}]": float(number) for i, number in enumerate(listed)}
         elif isinstance(value, int | float) and field.name not in _CLOCKS:
             numbers[field.name] = float(value)
     return numbers
@@ -129,9 +136,18 @@ class GrpcTarget:
       address: of kind `grpc`.
       timeout: seconds for a call.
       clock: seconds; what the first token is timed with.
+      secure: for TLS; None: without.
     """
 
-    def __init__(self, address: Address, timeout: float, clock: Clock = time.perf_counter):
+    def __init__(
+        self,
+        address: Address,
+        timeout: float,
+        clock: Clock = time.perf_counter,
+        *,
+        secure: grpc.ChannelCredentials | None = None,
+    ):
+        self._secure = secure
         self._address = address
         self._timeout = timeout
         self._clock = clock
@@ -145,7 +161,13 @@ class GrpcTarget:
             ("grpc.max_receive_message_length", MAX_MESSAGE),
             ("grpc.default_authority", self._address.netloc),
         ]
-        self._channel = grpc.aio.insecure_channel(self._address.endpoint, options=options)
+        if self._secure is None:
+            self._channel = grpc.aio.insecure_channel(self._address.endpoint, options=options)
+        else:  # the certificate is checked against the host's name
+            options.append(("grpc.ssl_target_name_override", self._address.host))
+            self._channel = grpc.aio.secure_channel(
+                self._address.endpoint, self._secure, options=options
+            )
         return self
 
     async def __aexit__(self, *exc_info: object) -> None:

@@ -18,6 +18,7 @@ from engine.sampling import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS, MAX_LOGPROBS
 MAX_STOP_IDS = 32  # a request's stop tokens and the model's own
 BANNED = -1e30  # finite, so that a row whose every token is banned still has a softmax
 NOT_ALLOWED = -1e33  # below BANNED: where all that is allowed is banned, it is chosen from
+EXCLUDED = -1e36  # by a mask: no bias, no penalty and no ban brings another token this low
 
 
 class SamplerState(NamedTuple):
@@ -52,9 +53,6 @@ class Sampled(NamedTuple):
     logprobs: jax.Array  # float32[S]: of the chosen tokens
     top_ids: jax.Array  # int32[S, K]: likeliest first
     top_logprobs: jax.Array  # float32[S, K]
-    prompt_logprobs: jax.Array  # float32[T]: entry i belongs to prompt_indices[i]
-    prompt_top_ids: jax.Array  # int32[T, K]
-    prompt_top_logprobs: jax.Array  # float32[T, K]
 
 
 def initial_state(num_slots: int, vocab_size: int) -> SamplerState:
@@ -80,6 +78,7 @@ def sample(
     samples: jax.Array,
     batch: SamplingBatch,
     state: SamplerState,
+    masks: jax.Array,
 ) -> tuple[Sampled, SamplerState]:
     """Choose a token for every row and remember it in the row's slot.
 
@@ -89,20 +88,17 @@ def sample(
       samples: bool[S]; other rows' tokens are not remembered.
       batch: how each row chooses.
       state: donate it.
+      masks: int32[S, ceil(V / 32)]: what constrained rows may choose from; see `Matcher.fill`.
 
     Returns:
-      The tokens, with log-probabilities where asked for (prompt ones are still zero).
+      The tokens, with log-probabilities where asked for.
     """
     num_seqs = logits_SV.shape[0]
-    num_tokens = batch.prompt_indices.shape[0]
     result = Sampled(
         token_ids=jnp.argmax(logits_SV, axis=-1).astype(jnp.int32),
         logprobs=jnp.zeros(num_seqs, jnp.float32),
         top_ids=jnp.zeros((num_seqs, MAX_LOGPROBS), jnp.int32),
         top_logprobs=jnp.zeros((num_seqs, MAX_LOGPROBS), jnp.float32),
-        prompt_logprobs=jnp.zeros(num_tokens, jnp.float32),
-        prompt_top_ids=jnp.zeros((num_tokens, MAX_LOGPROBS), jnp.int32),
-        prompt_top_logprobs=jnp.zeros((num_tokens, MAX_LOGPROBS), jnp.float32),
     )
 
     def one_row(index, result: Sampled) -> Sampled:
@@ -112,6 +108,11 @@ def sample(
             batch.edits[row],
             lambda: _edit(raw, row, slots[row], batch, state),
             lambda: raw,
+        )
+        logits = jax.lax.cond(
+            batch.constrained[row],
+            lambda: jnp.where(_allowed(masks[row], raw.size), logits, EXCLUDED),
+            lambda: logits,
         )
         token = jax.lax.cond(
             batch.temperature[row] > 0.0,
@@ -161,6 +162,12 @@ def token_logprobs(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, ja
         jnp.pad(top_ids.astype(jnp.int32), widen),
         jnp.pad(top - total, widen, constant_values=-jnp.inf),
     )
+
+
+def _allowed(mask: jax.Array, vocab_size: int) -> jax.Array:
+    """A packed mask as bool[V]."""
+    bits = jnp.right_shift(mask[:, None], jnp.arange(32, dtype=jnp.int32)[None]) & 1
+    return bits.reshape(-1)[:vocab_size] == 1
 
 
 def _edit(logits, row, slot, batch: SamplingBatch, state: SamplerState) -> jax.Array:

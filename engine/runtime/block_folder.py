@@ -28,7 +28,6 @@ from engine.runtime.block_file import (
     KEY_BYTES,
     NEVER,
     PUBLIC_TAG,
-    TAG_BYTES,
     BlockFormat,
     BlockLayout,
     Miss,
@@ -38,7 +37,7 @@ from engine.runtime.block_file import (
 
 _SUB_FOLDER = re.compile(r"[0-9a-f]{2}")
 # The first version's keys had no tag; its files go as those of any other layout do.
-_BLOCK = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}(?:[0-9a-f]{16})?\.[0-9a-f]{16}\.blk")
+_BLOCK = re.compile(r"([0-9a-f]{2})/\1[0-9a-f]{62}(?P<tag>[0-9a-f]{16})?\.[0-9a-f]{16}\.blk")
 _TEMPORARY = re.compile(_BLOCK.pattern + r"\.[0-9a-f]{16}\.tmp")
 _OPEN_FOLDER = os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW | os.O_CLOEXEC
 # A pipe in a file's place would block an open without O_NONBLOCK.
@@ -93,15 +92,15 @@ class BlockFolder:
         """Whether a block file's name is that of this layout."""
         return name.endswith(self._ending)
 
-    def tag_of(self, name: str) -> bytes | None:
-        """Whose block a file is, by its name; None if it is of another layout."""
-        if not self.is_of_layout(name):
-            return None
-        return bytes.fromhex(name.removesuffix(self._ending)[-2 * TAG_BYTES :])
+    @staticmethod
+    def tag_of(name: str) -> bytes | None:
+        """Whose block a file is, of whatever layout, by its name; None if that says nothing."""
+        found = _BLOCK.fullmatch(name)
+        return bytes.fromhex(found["tag"]) if found and found["tag"] else None
 
     def has_tag(self, name: str, tags: Container[bytes | None]) -> bool:
-        """Whether a block file's name is of this layout and has one of those tags, of which None
-        stands for all but the public one."""
+        """Whether a block file's name has one of those tags, of which None stands for all but the
+        public one."""
         tag = self.tag_of(name)
         return tag is not None and (tag in tags or (None in tags and tag != PUBLIC_TAG))
 

@@ -227,8 +227,8 @@ class DiskTier:
         return fetch.future
 
     def forget_tagged(self, tag: bytes | None) -> Future[None]:
-        """Forget all blocks of this layout with a tag, or with None all but the public ones; also
-        those that other processes wrote, now or in earlier lives.
+        """Forget all blocks with a tag, or with None all but the public ones; also those of other
+        layouts, and those that other processes wrote, now or in earlier lives.
 
         They are misses from now on, and what is put under such a key is dropped until the future
         is done. Then nothing of them is in the folder, so a restart or a kill brings nothing back.
@@ -239,6 +239,9 @@ class DiskTier:
         Returns:
           A future that has an OSError if a block is still there, or may be. Whoever asks for the
           same tag before it is looked for has the same one, so it can't be cancelled.
+
+        Raises:
+          RuntimeError: the tier is closed.
         """
         with self._lock:
             if not self._flushed.are_waiting:

@@ -31,7 +31,7 @@ import json
 from array import array
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 import msgspec
 import numpy as np
@@ -163,7 +163,20 @@ class Flush(Event, frozen=True):
     flush: tuple[str, str] | None  # tenant and salt
 
 
+class Drain(Event, frozen=True):
+    """The weights are to be exchanged: until then, only what has begun runs."""
+
+    drain: Literal[True]
+
+
+class Reload(Event, frozen=True):
+    """The weights were exchanged for those of that fingerprint, and nothing cached was kept."""
+
+    reload: str
+
+
 EVENTS = (Admit, AdmitRequest, Abort, Schedule, Commit, CommitTokens, Fail, Restore, Tick, Flush)
+EVENTS += (Drain, Reload)
 _KINDS: dict[str, type[Event]] = {kind.__struct_fields__[0]: kind for kind in EVENTS}
 
 

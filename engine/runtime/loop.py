@@ -14,15 +14,17 @@ import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from typing import NamedTuple
 
 from engine.core import batching, scheduler, upkeep
 from engine.core.block_pool import PoolCounts
 from engine.core.limits import Limits
+from engine.core.reloading import close_queue, has_drained, reload
 from engine.core.scheduler import SchedulerState
 from engine.runtime.clocks import CacheClock, Deadlines
+from engine.runtime.constraints import Broken, Constraints
 from engine.runtime.disk_tier import DiskTier
-from engine.runtime.figures import StepRecord, Totals
+from engine.runtime.figures import Gauges, StepRecord, Totals
+from engine.runtime.in_flight import InFlight
 from engine.runtime.inbox import (
     STOPPED,
     Abort,
@@ -31,45 +33,21 @@ from engine.runtime.inbox import (
     Flush,
     Inbox,
     Look,
+    NewWeights,
+    Reload,
     Wake,
     answer,
 )
-from engine.runtime.recorder import Recorder
-from engine.runtime.runner import Launched, Runner
+from engine.runtime.news import News, Rejected, ended
+from engine.runtime.recorder import EventLog, Recorder
+from engine.runtime.runner import Runner
 from engine.runtime.tiers import Arrival, Tiers
 from engine.runtime.waits import Waits
+from engine.runtime.watchdog import PROBE_SECONDS, Pulse, probe, renew
 from engine.sampling import InvalidRequest
 from engine.types import Domain, FinishReason, QueueFull, Request, StepOutput, StepPlan
 
 log = logging.getLogger(__name__)
-
-
-class Rejected(NamedTuple):
-    """A request that was not admitted, none of its forks either, and why."""
-
-    request_id: str
-    error: InvalidRequest | QueueFull
-
-
-News = Sequence[StepOutput | Rejected]
-
-
-class _Gauges(NamedTuple):
-    """Sequences running and waiting, those taken from the inbox so far, and the blocks by state."""
-
-    num_running: int
-    num_waiting: int
-    num_taken: int
-    pool: PoolCounts
-
-
-class _InFlight(NamedTuple):
-    launched: Launched
-    launched_at: float
-    schedule: float
-    build: float
-    launch: float
-    padded_tokens: int
 
 
 class EngineLoop:
@@ -102,12 +80,14 @@ class EngineLoop:
         self._runner = runner
         self._on_news = on_news
         self._state = SchedulerState.initial(limits)
-        self._inbox = Inbox(limits.max_waiting)
+        self._inbox = Inbox(limits.max_waiting, limits.max_waiting_tokens)
         self._taken: list[Event] = []  # from the inbox, not dealt with yet
         self._live: dict[str, Request] = {}  # by each name that news of theirs come under
+        self.pulse = Pulse(self._live)
         self._deadlines = Deadlines()
         self._clock = CacheClock()
         self._planned: StepPlan | None = None  # planned, but not launched yet
+        self._exchange: Reload | None = None  # of the weights, once what has begun has ended
         self.tiers = Tiers(
             disk,
             runner.host if disk else None,
@@ -115,24 +95,28 @@ class EngineLoop:
             wake=lambda: self._inbox.put(Wake()),
             clock=lambda: self._clock.now,
         )
-        self._recorder = Recorder(record, limits, tokens=record_tokens) if record else None
+        self._record = EventLog(record, limits, tokens=record_tokens)
         self._waits = Waits()
+        self._constraints = Constraints()
         self._last_wait_end = 0.0
-        self._gauges = _Gauges(0, 0, 0, self._state.pool)
-        self.num_pinned_blocks = 0  # of public prefixes, after the last step
+        self._gauges = Gauges(0, 0, 0, self._state.pool)
+        self.num_pinned_blocks = self.num_host_blocks = 0  # of public prefixes; in the host tier
         self._thread = threading.Thread(target=self._run, name="octavo-loop", daemon=True)
         self._thread.start()
 
     @property
     def gauges(self) -> tuple[int, int, PoolCounts]:
         """Sequences running and waiting, and blocks by state, after the last step."""
-        running, waiting, num_taken, pool = self._gauges
-        return running, waiting + self._inbox.num_submitted - num_taken, pool
+        return self._gauges.seen(self._inbox.num_submitted)
 
     @property
     def is_alive(self) -> bool:
         """Whether the loop still runs."""
         return self._thread.is_alive()
+
+    def check_room(self, num_sequences: int) -> None:
+        """Raise QueueFull if `submit` would: before a request is read, which may take long."""
+        self._inbox.check_room(self.gauges[1], num_sequences)
 
     def submit(self, request: Request) -> None:
         """Hand a request over. Refusals come as `Rejected` news.
@@ -159,6 +143,13 @@ class EngineLoop:
         self._inbox.ask(Flush(domain, done))
         return done
 
+    def reload(self, weights: NewWeights) -> Future[None]:
+        """Exchange the weights once all that has begun has ended; the queue waits, and all that is
+        cached is forgotten. EngineStopped, or QueueFull if another exchange is in progress."""
+        done: Future[None] = Future()
+        self._inbox.ask(Reload(weights, done))
+        return done
+
     def look[T](self, at: Callable[[SchedulerState], T]) -> Future[T]:
         """Have the state between two steps passed to a function, on the loop's thread.
 
@@ -177,29 +168,34 @@ class EngineLoop:
         self._thread.join()
 
     def _run(self) -> None:
-        in_flight: _InFlight | None = None
+        in_flight: InFlight | None = None
         try:
-            while self._take_events(may_wait=in_flight is None and self._state.is_idle):
+            while self._take_events(in_flight):
                 in_flight = self._step(in_flight)
+                self.pulse.end(is_idle=in_flight is None)
             with contextlib.suppress(Exception):  # nobody is left to be told
                 if in_flight is not None:
                     in_flight.launched.wait()
                     self.tiers.keep(in_flight.launched)
                 self.tiers.save(self._state, lambda: self._runner.kv_pool)
-        except Exception:
+        except BaseException:  # a panic in an extension is no Exception
             log.exception("the engine loop stopped; its requests end with an error")
             self._fail_everything()
         finally:
+            if self._exchange is not None:
+                answer(self._exchange.done, EngineStopped(STOPPED))
             self._record(Recorder.close)
 
-    def _step(self, in_flight: _InFlight | None) -> _InFlight | None:
+    def _step(self, in_flight: InFlight | None) -> InFlight | None:
         """Launch the next step, then take in the one before it."""
-        if in_flight is None and self._state.is_idle:
+        if in_flight is None and self._rests:
+            probe(self._runner, self.pulse)
             return None
-        launched: _InFlight | None = None
+        self.pulse.begin(in_flight)
+        launched: InFlight | None = None
         failure: Exception | None = None
         try:
-            launched = self._launch()
+            launched = None if self.pulse.holds else self._launch()
         except Exception as error:
             failure = error  # the step before it may be good all the same
         if in_flight is not None:
@@ -209,33 +205,34 @@ class EngineLoop:
                 return self._recover(error, (in_flight, launched) if launched else (in_flight,))
         if failure is not None:
             return self._recover(failure, ())
-        return launched
+        return self._choose(launched)
 
-    def _launch(self) -> _InFlight | None:
+    def _launch(self) -> InFlight | None:
         begin = time.perf_counter()
         self._state, plan = scheduler.schedule(self._state, self.limits)
         self._planned = plan
+        self.pulse.plans += (plan,)
         self._record(lambda recorder: recorder.schedule(plan))
         self._waits.planned(plan, self._state.holding, begin)
-        self.totals.add_plan(plan, self._state.holding)
+        self.totals.add_plan(plan, self._state, self.limits)
         if not plan.rows:
             self._runner.move_blocks(plan)
             self._planned = None
             return None
         scheduled = time.perf_counter()
-        runner = self._runner
-        batch = batching.build(plan, runner.shape.buckets, runner.sink_slot)
+        batch = batching.build(plan, self._runner.shape.buckets, self._runner.sink_slot)
         built = time.perf_counter()
-        launched = runner.launch(plan, batch)
+        launched = self._runner.launch(plan, batch)
         self._planned = None
         now = time.perf_counter()
-        return _InFlight(
+        return InFlight(
             launched, now, scheduled - begin, built - scheduled, now - built, batch.token_ids.size
         )
 
-    def _commit(self, step: _InFlight) -> None:
+    def _commit(self, step: InFlight) -> None:
         begin = time.perf_counter()
         tokens = step.launched.wait()
+        self.pulse.came_back()
         waited = time.perf_counter()
         self.tiers.keep(step.launched)
         plan = step.launched.plan
@@ -243,28 +240,39 @@ class EngineLoop:
         self._state, outputs = scheduler.commit(self._state, plan, tokens, self.limits)
         self.totals.add_step(plan.num_tokens, step.padded_tokens)
         self._forget_finished(outputs)
+        broken = self._constraints.advance(outputs)
         self._publish(self._waits.tell(outputs, time.perf_counter()))
+        self._give_up(broken)
         if on_step := self.on_step:
-            state = self._state
-            on_step(
-                StepRecord(
-                    schedule=step.schedule,
-                    build=step.build,
-                    launch=step.launch,
-                    wait=waited - begin,
-                    commit=time.perf_counter() - waited,
-                    device=waited - max(step.launched_at, self._last_wait_end),
-                    num_rows=len(plan.rows),
-                    num_tokens=plan.num_tokens,
-                    padded_tokens=step.padded_tokens,
-                    num_running=state.num_running,
-                    num_waiting=state.num_waiting,
-                    owned_blocks=state.pool.owned,
-                )
-            )
+            on_step(step.record(begin, waited, self._last_wait_end, self._state))
         self._last_wait_end = waited
 
-    def _recover(self, error: Exception, steps: tuple[_InFlight, ...]) -> None:
+    def _choose(self, step: InFlight | None) -> InFlight | None:
+        """Have constrained tokens chosen, now that those before them are known."""
+        if step is None or step.launched.masks is None:
+            return step
+        try:
+            broken = self._constraints.fill(step.launched.plan, step.launched.masks)
+            self.totals.mask_seconds = self._constraints.seconds
+            self.pulse.moved()  # they are bounded by themselves, and say nothing of the device
+            self._runner.choose(step.launched)
+        except Exception as error:
+            return self._recover(error, (step,))
+        self._give_up(broken)
+        return step
+
+    def _give_up(self, broken: Broken) -> None:
+        """End requests whose outputs can't be kept to their constraints, with all samples."""
+        news: list[StepOutput | Rejected] = []
+        for name, error in broken.items():
+            if (request := self._live.get(name)) is not None:  # else another sample's end was its
+                news.append(Rejected(request.request_id, error))
+                for reply in request.replies:
+                    news += self._end(reply, FinishReason.ERROR)
+        if news:
+            self._publish(news)
+
+    def _recover(self, error: Exception, steps: tuple[InFlight, ...]) -> None:
         """A step failed: its requests end, the device memory is made anew, the rest goes on."""
         log.error("a step failed: %s", error, exc_info=error)
         plans = [step.launched.plan for step in steps]
@@ -276,21 +284,31 @@ class EngineLoop:
         self._state, outputs = scheduler.fail(self._state, tuple(plans))
         now = time.perf_counter()
         self._waits.failed(now)
-        self._runner.reset()
+        renew(self._runner, self.pulse)
         self._forget_finished(outputs)
         self._publish(self._waits.tell(outputs, now))
 
-    def _take_events(self, *, may_wait: bool) -> bool:
+    @property
+    def _rests(self) -> bool:
+        """Whether no step is to be begun."""
+        return self._state.is_idle or self.pulse.holds
+
+    def _take_events(self, in_flight: InFlight | None) -> bool:
         """Take what is in the inbox. Returns whether to go on."""
+        is_due = self._exchange is not None and has_drained(self._state)  # nobody may come any more
+        may_wait = in_flight is None and self._rests and not is_due
         timeout = self._timeout() if may_wait else None
         self._taken = self._inbox.take(may_wait=may_wait, timeout=timeout)
+        self.pulse.begin(in_flight)  # some events are about the device
         goes_on = self._apply(self._taken)
+        self.pulse.end(is_idle=in_flight is None)
         self._taken = []
         return goes_on
 
     def _timeout(self) -> float | None:
         """Seconds until blocks may not be kept any longer, or a request waits no longer."""
-        due = (self._clock.timeout(self._state), self.tiers.timeout)
+        held = PROBE_SECONDS if self.pulse.holds else None  # nor do deadlines pass unseen
+        due = (self._clock.timeout(self._state), self.tiers.timeout, held)
         return min((time for time in due if time is not None), default=None)
 
     def _tick(self) -> None:
@@ -311,13 +329,29 @@ class EngineLoop:
         removed = self.tiers.flush(event.domain, self._state.core.step)
         removed.add_done_callback(lambda disk: answer(event.done, disk.exception() or cached))
 
-    def _look(self, event: Look) -> None:
-        if not self._inbox.begin(event):
-            return
+    def _drain(self, event: Reload) -> None:
+        """Let what has begun end; nothing else begins until then."""
+        if self._inbox.begin(event):
+            self._record(Recorder.drain)
+            self._state = close_queue(self._state)
+            self._exchange = event
+
+    def _reload(self, event: Reload, news: list[StepOutput | Rejected]) -> None:
+        """Go on with other weights; or with the old ones, and nothing that was cached."""
+        self._admit_all(self.tiers.release(), news)  # they wait for blocks of the old ones
+        outcome: Exception | None = None
         try:
-            answer(event.done, event.at(self._state))
-        except Exception as error:  # it must not end the step loop
-            answer(event.done, error)
+            event.weights.install(self._runner, self.tiers)
+            self.limits = event.weights.limits
+        except Exception as error:
+            log.exception("the new weights could not be installed")
+            outcome = error
+            renew(self._runner, self.pulse)
+        fingerprint = self.limits.fingerprint
+        self._record(lambda recorder: recorder.reload(fingerprint))
+        self._state = reload(self._state, fingerprint)
+        self._exchange = None
+        answer(event.done, outcome)
 
     def _apply(self, events: Sequence[Event]) -> bool:
         """Admit and end requests, those included whose time is up. Returns whether to go on."""
@@ -336,7 +370,9 @@ class EngineLoop:
             elif isinstance(event, Flush):
                 self._flush(event, news)
             elif isinstance(event, Look):
-                self._look(event)
+                self._inbox.show(event, self._state)
+            elif isinstance(event, Reload):
+                self._drain(event)
             elif isinstance(event, Request):
                 self._admit_all(self.tiers.release(*event.names), news)  # they were here first
                 if not self.tiers.hold(self._state, event):
@@ -344,6 +380,8 @@ class EngineLoop:
         self._admit_all(self.tiers.arrivals(), news)
         for request_id in self._deadlines.take_due(self._live):
             news.extend(self._end(request_id, FinishReason.DEADLINE))
+        if self._exchange is not None and has_drained(self._state):
+            self._reload(self._exchange, news)
         self._publish(news)
         return True
 
@@ -358,9 +396,12 @@ class EngineLoop:
         try:
             self._state = scheduler.admit(self._state, self.limits, request)
         except (InvalidRequest, QueueFull) as error:
+            if isinstance(error, QueueFull):
+                error = self._inbox.full(request, str(error))
             news.append(Rejected(request.request_id, error))
             return
         self._live.update(dict.fromkeys(request.replies, request))
+        self._constraints.add(request)
         self._waits.arrived(request.replies, time.perf_counter(), on_disk=arrival.seconds)
         self._record(lambda recorder: recorder.admit(request))
         if arrival.blocks:
@@ -379,44 +420,19 @@ class EngineLoop:
 
     def _fail_everything(self) -> None:
         """Tell every request, admitted or not, that the loop is gone."""
-        self._inbox.close()
-        events = self._taken + [arrival.request for arrival in self.tiers.release()]
-        events += self._inbox.take(may_wait=False)
-        for event in events:
-            if isinstance(event, Flush | Look):
-                answer(event.done, EngineStopped(STOPPED))
-        lost = {
-            name: event for event in events if isinstance(event, Request) for name in event.replies
-        }
-        lost |= self._live
+        requests = [arrival.request for arrival in self.tiers.release()]
+        requests += self._inbox.give_up(self._taken)
+        lost = {name: each for each in requests for name in each.replies} | self._live
         self._live.clear()
-        self._gauges = _Gauges(0, 0, self._inbox.num_taken, self._gauges.pool)
-        news = [
-            StepOutput(name, (), FinishReason.ERROR, len(request.prompt_ids), 0)
-            for name, request in lost.items()
-        ]
+        self._gauges = Gauges(0, 0, self._inbox.num_taken, self._gauges.pool)
+        news = ended(lost, FinishReason.ERROR)
         self.totals.add_news(news)
         self._on_news(news)
-
-    def _record(self, write: Callable[[Recorder], None]) -> None:
-        """Log an event. If the log can't be written, it ends and the engine goes on."""
-        if self._recorder is None:
-            return
-        try:
-            write(self._recorder)
-        except OSError as error:
-            log.error(
-                "the event log can't be written (%s) and ends here; it replays up to its last "
-                "whole line",
-                error.strerror,
-            )
-            recorder, self._recorder = self._recorder, None
-            with contextlib.suppress(OSError):
-                recorder.close()
 
     def _forget_finished(self, outputs: Sequence[StepOutput]) -> None:
         for output in outputs:
             if output.finish_reason is not None:
+                self._constraints.forget(output.request_id)
                 request = self._live.pop(output.request_id, None)
                 if request is not None:  # or it is a public prefix that was lost
                     self._record(functools.partial(Recorder.forget, request=request))
@@ -424,9 +440,11 @@ class EngineLoop:
     def _publish(self, news: News) -> None:
         """Bring the figures up to date, and then tell who asked."""
         self.totals.add_news(news)
-        state = self._state
+        state, core = self._state, self._state.core
+        core.pool.retention.journal.publish()
+        self._inbox.rate.note(self.totals.num_finished + state.num_running)
         num_waiting = state.num_waiting + self.tiers.num_held
-        self._gauges = _Gauges(state.num_running, num_waiting, self._inbox.num_taken, state.pool)
-        self.num_pinned_blocks = state.core.public.num_blocks
+        self._gauges = Gauges(state.num_running, num_waiting, self._inbox.num_taken, state.pool)
+        self.num_pinned_blocks, self.num_host_blocks = core.public.num_blocks, len(core.host)
         if news:
             self._on_news(news)

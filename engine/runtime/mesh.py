@@ -62,6 +62,11 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
+def logits_sharding(mesh: Mesh) -> NamedSharding:
+    """Scores over the vocabulary, [S, V], split as the weights that they come from."""
+    return NamedSharding(mesh, P(None, TENSOR))
+
+
 def kv_scales_sharding(mesh: Mesh) -> NamedSharding:
     """The scales of an 8-bit pool, [L, 2, K], split by KV head."""
     return NamedSharding(mesh, P(None, None, TENSOR))

@@ -5,11 +5,13 @@ It costs the step loop well under a millisecond a step.
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
+import logging
 import os
 import secrets
 import struct
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -25,10 +27,12 @@ from engine.runtime.event_log import (
     Beams,
     Commit,
     CommitTokens,
+    Drain,
     Event,
     Fail,
     Flush,
     Header,
+    Reload,
     Restore,
     Schedule,
     Tick,
@@ -39,6 +43,8 @@ from engine.runtime.event_log import (
 )
 from engine.sampling import SamplingParams
 from engine.types import Domain, FinishReason, Request, StepPlan, StepTokens
+
+log = logging.getLogger(__name__)
 
 Tops = tuple[tuple[int, Top], ...]  # by row
 
@@ -120,6 +126,14 @@ class Recorder:
                 Flush(pseudonyms.domain(domain) if pseudonyms else (domain.tenant, domain.salt))
             )
 
+    def drain(self) -> None:
+        """Nobody begins any more, until the weights are exchanged."""
+        self._write(Drain(True))
+
+    def reload(self, fingerprint: str) -> None:
+        """The weights were exchanged, and all that was cached is forgotten."""
+        self._write(Reload(fingerprint))
+
     def close(self) -> None:
         """Flush and close the file."""
         self._file.close()
@@ -129,6 +143,34 @@ class Recorder:
 
     def _write(self, event: Event) -> None:
         self._file.write(encode(event))
+
+
+class EventLog:
+    """A recorder that may be missing, and that a full disk ends, while the engine goes on.
+
+    Args:
+      path: None for no log at all.
+      limits, tokens: see `Recorder`.
+    """
+
+    def __init__(self, path: str | Path | None, limits: Limits, *, tokens: bool = False):
+        self._recorder = Recorder(path, limits, tokens=tokens) if path else None
+
+    def __call__(self, write: Callable[[Recorder], None]) -> None:
+        """Log an event."""
+        if self._recorder is None:
+            return
+        try:
+            write(self._recorder)
+        except OSError as error:
+            log.error(
+                "the event log can't be written (%s) and ends here; it replays up to its last "
+                "whole line",
+                error.strerror,
+            )
+            recorder, self._recorder = self._recorder, None
+            with contextlib.suppress(OSError):
+                recorder.close()
 
 
 class Pseudonyms:

@@ -13,6 +13,7 @@ from typing import NamedTuple
 
 from engine.core import scheduler, upkeep
 from engine.core.limits import Limits
+from engine.core.reloading import close_queue, reload
 from engine.core.restoring import restore
 from engine.core.scheduler import SchedulerState
 from engine.runtime.event_log import (
@@ -23,11 +24,13 @@ from engine.runtime.event_log import (
     AdmitRequest,
     Commit,
     CommitTokens,
+    Drain,
     Event,
     Fail,
     Flush,
     Header,
     LogError,
+    Reload,
     Restore,
     Schedule,
     Tick,
@@ -177,6 +180,11 @@ class Replay:
                 self.state = upkeep.tick(self.state, now)
             case Flush(flush=domain):
                 self.state = upkeep.flush(self.state, Domain(*domain) if domain else None)
+            case Drain():
+                self.state = close_queue(self.state)
+            case Reload(reload=fingerprint):
+                self.state = reload(self.state, fingerprint)
+                self._limits = dataclasses.replace(limits, fingerprint=fingerprint)
             case Fail(fail=steps):
                 plans = tuple(self._planned(step) for step in steps)
                 self.state, outputs = scheduler.fail(self.state, plans)

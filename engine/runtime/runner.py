@@ -1,4 +1,4 @@
-"""Runs batches on the device: one program a bucket, compiled ahead, its memory donated.
+"""Runs batches on the device: programs compiled ahead, their memory donated.
 
 `launch` returns at once; the tokens stay on the device, where the next step finds them, and
 come to the host when `Launched.wait` asks.
@@ -20,56 +20,55 @@ from engine.core.buckets import Bucket
 from engine.model import sampler
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder
+from engine.model.prompt_logprobs import PromptLogprobs
+from engine.runtime import logprobs
 from engine.runtime.block_copies import BlockCopier, BlockEraser
 from engine.runtime.host_pool import Contents, HostPool, Outgoing
 from engine.runtime.mesh import kv_scales_sharding, replicated
+from engine.runtime.slots import slot_state
 from engine.runtime.step import RunnerShape, Step
-from engine.sampling import MAX_BAD_WORD_TOKENS, MAX_BAD_WORDS
-from engine.types import PlanRow, Request, StepPlan, StepTokens, SwapIn, TokenLogprobs
+from engine.types import PlanRow, StepPlan, StepTokens, SwapIn
 
 
 class Launched:
-    """A step on its way."""
+    """A step on its way.
 
-    def __init__(self, plan: StepPlan, sampled: sampler.Sampled, outgoing: Outgoing | None = None):
+    Attributes:
+      masks: None, or what to fill in, row by row (see `Matcher.fill`): the step's tokens are
+        chosen when it is passed to `Runner.choose`.
+    """
+
+    def __init__(
+        self,
+        plan: StepPlan,
+        batch: Batch,
+        logits: jax.Array,
+        of_prompt: PromptLogprobs,
+        outgoing: Outgoing | None,
+    ):
         self.plan = plan
-        self._sampled = sampled
         self.outgoing = outgoing
+        self.masks: np.ndarray | None = None
+        self.batch = batch
+        self.logits: jax.Array | None = logits
+        self.sampled: sampler.Sampled | None = None
+        self._of_prompt = of_prompt
 
     def wait(self) -> StepTokens:
         """Wait for the step and bring over what its requests asked for.
 
         Raises whatever the device raised; the runner must then be reset.
         """
-        rows, sampled = self.plan.rows, self._sampled
+        rows, sampled = self.plan.rows, self.sampled
+        assert sampled is not None, "the step's tokens are not chosen yet"
         if self.outgoing is not None:
             self.outgoing.finish()
-        token_ids = np.asarray(sampled.token_ids)[: len(rows)]
-        logprobs: dict[int, TokenLogprobs] = {}
-        prompt_logprobs: dict[int, tuple[TokenLogprobs, ...]] = {}
-        if any(row.request.num_logprobs is not None for row in rows):
-            values = jax.device_get((sampled.logprobs, sampled.top_ids, sampled.top_logprobs))
-            for index, row in enumerate(rows):
-                count = row.request.num_logprobs
-                if row.samples and count is not None:
-                    token = int(token_ids[index])
-                    logprobs[index] = _token_logprobs(token, index, count, *values)
-        if any(row.request.sampling.prompt_logprobs is not None for row in rows):
-            values = jax.device_get(
-                (sampled.prompt_logprobs, sampled.prompt_top_ids, sampled.prompt_top_logprobs)
-            )
-            entry = 0
-            for index, row in enumerate(rows):
-                count = row.request.sampling.prompt_logprobs
-                if count is None:
-                    continue
-                targets = row.request.prompt_ids[row.start + 1 : row.start + row.num_tokens + 1]
-                prompt_logprobs[index] = tuple(
-                    _token_logprobs(token, entry + offset, count, *values)
-                    for offset, token in enumerate(targets)
-                )
-                entry += len(targets)
-        return StepTokens(tuple(token_ids.tolist()), logprobs, prompt_logprobs)
+        token_ids = tuple(np.asarray(sampled.token_ids)[: len(rows)].tolist())
+        return StepTokens(
+            token_ids,
+            logprobs.of_choices(rows, token_ids, sampled),
+            logprobs.of_prompts(rows, self._of_prompt),
+        )
 
 
 class Runner:
@@ -95,12 +94,14 @@ class Runner:
         self.arch: Architecture = model.arch
         self.shape = shape
         self.mesh = mesh
-        self._weights = weights
+        self.weights = weights  # others of the same shapes may take their place between two steps
         self._kv_scales = (
             None if kv_scales is None else jax.device_put(kv_scales, kv_scales_sharding(mesh))
         )
         self._step = Step(model, weights, mesh, attention, shape, self._kv_scales)
-        self._programs: dict[Bucket, jax.stages.Compiled] = {}
+        self._forward: dict[Bucket, jax.stages.Compiled] = {}
+        self._choose: dict[int, jax.stages.Compiled] = {}
+        self._no_masks: dict[int, jax.Array] = {}
         self._set_slot = jax.jit(sampler.set_slot, donate_argnums=0, out_shardings=replicated(mesh))
         # Kept, so that a reset after a failure compiles nothing.
         pool = self._step.kv_pool
@@ -142,10 +143,15 @@ class Runner:
         jax.block_until_ready((self._kv_pool, self._state))  # a lack of memory shows here
 
     def compile(self, bucket: Bucket) -> jax.stages.Compiled:
-        """The program of one bucket, compiled now and kept."""
-        if bucket not in self._programs:
-            self._programs[bucket] = self._step.lower(bucket).compile()
-        return self._programs[bucket]
+        """The decoder's program of one bucket; it and the sampler's are compiled now and kept."""
+        num_seqs = bucket.num_seqs
+        if num_seqs not in self._choose:
+            self._choose[num_seqs] = self._step.lower_choose(num_seqs).compile()
+            masks = batching.masks(num_seqs, self.arch.vocab_size)
+            self._no_masks[num_seqs] = jax.device_put(masks, replicated(self.mesh))
+        if bucket not in self._forward:
+            self._forward[bucket] = self._step.lower_forward(bucket).compile()
+        return self._forward[bucket]
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
         """Compile every bucket and run each once, so that no request waits for a compile.
@@ -159,19 +165,46 @@ class Runner:
                 progress(done, len(buckets))
             self.compile(bucket)
             plan = StepPlan(step=-1, rows=())
-            self._run(plan, batching.empty(bucket, self.sink_slot)).wait()
-        row = _slot_state(None, (), self.arch.vocab_size)
+            self.launch(plan, batching.empty(bucket, self.sink_slot)).wait()
+        row = slot_state(None, (), self.arch.vocab_size)
         self._state = self._set_slot(self._state, np.int32(self.sink_slot), row)
         if progress:
             progress(len(buckets), len(buckets))
 
     def launch(self, plan: StepPlan, batch: Batch) -> Launched:
-        """Start a step; launches run in the order they are made."""
+        """Start a step; launches run in the order they are made.
+
+        Where a row is constrained, the step waits for its masks, and `choose` must be called
+        before the next launch.
+        """
         outgoing = self.move_blocks(plan)
         for row in plan.rows:
             if row.history is not None and row.request.sampling.edits_logits:
                 self._prepare_slot(row)
-        return self._run(plan, batch, outgoing)
+        assert self._state is not None
+        logits, of_prompt, self._kv_pool = self._forward[batching.bucket_of(batch)](
+            self.weights, self._kv_pool, self._state.recent, batch, self._kv_scales
+        )
+        launched = Launched(plan, batch, logits, of_prompt, outgoing)
+        if batch.sampling.constrained.any():
+            launched.masks = batching.masks(batch.slots.size, self.arch.vocab_size)
+        else:
+            self.choose(launched)
+        return launched
+
+    def choose(self, launched: Launched) -> None:
+        """Have a step's tokens chosen, with its masks as they are now."""
+        batch, masks = launched.batch, launched.masks
+        num_seqs = batch.slots.size
+        launched.sampled, self._state = self._choose[num_seqs](
+            launched.logits,
+            batch.slots,
+            batch.samples,
+            batch.sampling,
+            self._state,
+            self._no_masks[num_seqs] if masks is None else masks,
+        )
+        launched.logits = None  # a row takes hundreds of kilobytes
 
     def move_blocks(self, plan: StepPlan) -> Outgoing | None:
         """Copies, swaps and erasures: all of a plan without rows, else `launch` calls it.
@@ -200,46 +233,7 @@ class Runner:
         assert self.host is not None
         self._kv_pool = self.host.swap_in(self.kv_pool, swaps, contents)
 
-    def _run(self, plan: StepPlan, batch: Batch, outgoing: Outgoing | None = None) -> Launched:
-        sampled, self._kv_pool, self._state = self._programs[batching.bucket_of(batch)](
-            self._weights, self._kv_pool, self._state, batch, self._kv_scales
-        )
-        return Launched(plan, sampled, outgoing)
-
     def _prepare_slot(self, row: PlanRow) -> None:
         assert row.history is not None
-        state = _slot_state(row.request, row.history, self.arch.vocab_size)
+        state = slot_state(row.request, row.history, self.arch.vocab_size)
         self._state = self._set_slot(self._state, np.int32(row.slot), state)
-
-
-def _slot_state(
-    request: Request | None, history: tuple[int, ...], vocab_size: int
-) -> sampler.SlotState:
-    """The sampler's row for a request that has generated `history` so far."""
-    recent = np.full(MAX_BAD_WORD_TOKENS, -1, np.int32)
-    counts = np.zeros(vocab_size, np.int32)
-    in_prompt = np.zeros(vocab_size, np.bool_)
-    bias = np.zeros(vocab_size, np.float32)
-    bad_words = np.full((MAX_BAD_WORDS, MAX_BAD_WORD_TOKENS), -1, np.int32)
-    stop_ids = np.full(sampler.MAX_STOP_IDS, vocab_size, np.int32)
-    if request is not None:
-        tail = history[-MAX_BAD_WORD_TOKENS:]
-        recent[len(recent) - len(tail) :] = tail
-        np.add.at(counts, np.array(history, np.int32), 1)
-        in_prompt[list(request.prompt_ids)] = True
-        sampling = request.sampling
-        if sampling.allowed_token_ids is not None:
-            bias[:] = sampler.NOT_ALLOWED
-            bias[list(sampling.allowed_token_ids)] = 0.0
-        for token, value in sampling.logit_bias:
-            bias[token] += value
-        for index, word in enumerate(request.bad_word_ids):
-            bad_words[index, MAX_BAD_WORD_TOKENS - len(word) :] = word
-        stop_ids[: len(request.stop_ids)] = sorted(request.stop_ids)
-    return sampler.SlotState(recent, counts, in_prompt, bias, bad_words, stop_ids)
-
-
-def _token_logprobs(token, index, count, chosen, top_ids, top_logprobs) -> TokenLogprobs:
-    top = zip(top_ids[index, :count].tolist(), top_logprobs[index, :count].tolist(), strict=True)
-    # A vocabulary of fewer tokens than MAX_LOGPROBS is filled up with impossible ones.
-    return TokenLogprobs(token, float(chosen[index]), tuple(e for e in top if e[1] > -np.inf))

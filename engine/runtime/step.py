@@ -1,6 +1,6 @@
-"""The program of a step: what it computes, and the arrays that it takes, as shapes.
+"""The programs of a step: what they compute, and the arrays that they take, as shapes.
 
-Nothing here holds memory. The runner compiles it for the devices it has, `engine.aot` the same
+Nothing here holds memory. The runner compiles them for the devices it has, `engine.aot` the same
 for chips that aren't there.
 """
 
@@ -21,10 +21,8 @@ from engine.core.buckets import Bucket
 from engine.model import sampler
 from engine.model.attention import Attention, Ragged, kv_pool_dtype, kv_pool_shape
 from engine.model.decoder import Decoder
-from engine.runtime.mesh import kv_pool_sharding, replicated
-from engine.sampling import MAX_LOGPROBS
-
-PROMPT_LOGPROB_ROWS = 16  # prompt positions whose logits are computed at a time
+from engine.model.prompt_logprobs import prompt_logprobs
+from engine.runtime.mesh import kv_pool_sharding, logits_sharding, replicated
 
 for _cls in (Batch, SamplingBatch):
     jax.tree_util.register_dataclass(
@@ -48,7 +46,9 @@ class RunnerShape:
 
 
 class Step:
-    """A model's step, one program a bucket; the pool and the sampler's state are donated."""
+    """A model's step, in two programs, so that the host may look at the last step's tokens between
+    them: `forward`, one for each bucket, donates the pool, and `choose`, one for each number of
+    rows, the sampler's state."""
 
     def __init__(
         self,
@@ -93,30 +93,56 @@ class Step:
             state,
         )
         self._kv_scales = None if kv_scales is None else _abstract(kv_scales)
-        self._jitted = jax.jit(self._step, donate_argnums=(1, 2))
+        self._logits_sharding = logits_sharding(mesh)
+        self._vocab_size = arch.vocab_size
+        self._forward = jax.jit(
+            self._compute_logits,
+            donate_argnums=1,
+            out_shardings=(self._logits_sharding, replicated(mesh), self.kv_pool.sharding),
+        )
+        self._choose = jax.jit(
+            sampler.sample, donate_argnames="state", out_shardings=replicated(mesh)
+        )
 
-    def lower(self, bucket: Bucket, platform: str | None = None) -> jax.stages.Lowered:
-        """Trace and lower the program of one bucket.
+    def lower_forward(self, bucket: Bucket, platform: str | None = None) -> jax.stages.Lowered:
+        """Trace and lower the decoder's program of one bucket.
 
-        Call the compiled program with (weights, kv_pool, state, batch, kv_scales); it gives
-        `sampler.Sampled`, and the pool and the state in the place of those it took.
+        Call the compiled program with (weights, kv_pool, recent, batch, kv_scales), the third from
+        the sampler's state. It gives the logits of the rows, float32[S, V], `PromptLogprobs`, and
+        the pool in the place of the one it took.
 
         Args:
           bucket: the batch's sizes.
           platform: what to lower for; by default the platform of this process's devices.
         """
         batch = batching.empty(bucket, self._sink_slot)
-        arguments = (self.weights, self.kv_pool, self.state, batch, self._kv_scales)
-        traced = self._jitted.trace(*arguments)
+        arguments = (self.weights, self.kv_pool, self.state.recent, batch, self._kv_scales)
+        traced = self._forward.trace(*arguments)
         return traced.lower(lowering_platforms=(platform,) if platform else None)
 
-    def _step(self, weights, kv_pool, state: sampler.SamplerState, batch: Batch, kv_scales):
-        """The whole step, traced once a bucket: decode, choose, remember."""
+    def lower_choose(self, num_seqs: int, platform: str | None = None) -> jax.stages.Lowered:
+        """Trace and lower the sampler's program for a number of rows.
+
+        Call the compiled program as `sampler.sample`, with arguments by position.
+        """
+        batch = batching.empty(Bucket(num_seqs, num_seqs, 1), self._sink_slot)
+        logits = jax.ShapeDtypeStruct(
+            (num_seqs, self._vocab_size), jnp.float32, sharding=self._logits_sharding
+        )
+        masks = batching.masks(num_seqs, self._vocab_size)
+        # Or the compiler splits them as the logits are.
+        masks = jax.ShapeDtypeStruct(masks.shape, masks.dtype, sharding=self.state.recent.sharding)
+        arguments = (logits, batch.slots, batch.samples, batch.sampling, self.state, masks)
+        traced = self._choose.trace(*arguments)
+        return traced.lower(lowering_platforms=(platform,) if platform else None)
+
+    def _compute_logits(self, weights, kv_pool, recent, batch: Batch, kv_scales):
+        """Decode, traced once a bucket."""
         flat = {tuple(name.split(".")): value for name, value in weights.items()}
         model = nnx.merge(self._definition, nnx.from_flat_state(flat))
         num_seqs = batch.slots.shape[0]
         slots_T = batch.slots[jnp.minimum(batch.token_rows, num_seqs - 1)]
-        last_T = state.recent[slots_T, -1]
+        last_T = recent[slots_T, -1]
         token_ids = jnp.where(batch.token_ids < 0, last_T, batch.token_ids)
         token_ids = jnp.maximum(token_ids, 0)
         ragged = Ragged(
@@ -128,52 +154,8 @@ class Step:
         )
         hidden_TD, kv_pool = model(token_ids, kv_pool, ragged, self._attention, kv_scales)
         logits_SV = model.logits(hidden_TD[batch.logits_tokens])
-        sampled, state = sampler.sample(
-            logits_SV, batch.slots, batch.samples, batch.sampling, state
-        )
-        sampled = _add_prompt_logprobs(model, hidden_TD, batch.sampling, sampled)
-        return sampled, kv_pool, state
+        return logits_SV, prompt_logprobs(model, hidden_TD, batch), kv_pool
 
 
 def _abstract(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
-
-
-def _add_prompt_logprobs(
-    model: Decoder, hidden_TD: jax.Array, batch: SamplingBatch, sampled: sampler.Sampled
-) -> sampler.Sampled:
-    """Log-probabilities of prompt tokens, a few positions at a time; free if nobody asked."""
-    num_tokens = hidden_TD.shape[0]
-    rows = min(PROMPT_LOGPROB_ROWS, num_tokens)
-    padding = -num_tokens % rows
-    indices = jnp.pad(batch.prompt_indices, (0, padding))
-    targets = jnp.pad(batch.prompt_targets, (0, padding))
-
-    def some_rows(step, out):
-        start = step * rows
-        index = jax.lax.dynamic_slice_in_dim(indices, start, rows)
-        target = jax.lax.dynamic_slice_in_dim(targets, start, rows)
-        new = sampler.token_logprobs(model.logits(hidden_TD[index]), target)
-        return tuple(
-            jax.lax.dynamic_update_slice_in_dim(array, part, start, 0)
-            for array, part in zip(out, new, strict=True)
-        )
-
-    out = (
-        jnp.zeros(num_tokens + padding, jnp.float32),
-        jnp.zeros((num_tokens + padding, MAX_LOGPROBS), jnp.int32),
-        jnp.zeros((num_tokens + padding, MAX_LOGPROBS), jnp.float32),
-    )
-    steps = -(-batch.num_prompt_logprobs // rows)
-    # The condition keeps XLA from moving the logits in front of the loop; see sampler.sample.
-    chosen, top_ids, top = jax.lax.cond(
-        steps > 0,
-        lambda out: jax.lax.fori_loop(0, steps, some_rows, out),
-        lambda out: out,
-        out,
-    )
-    return sampled._replace(
-        prompt_logprobs=chosen[:num_tokens],
-        prompt_top_ids=top_ids[:num_tokens],
-        prompt_top_logprobs=top[:num_tokens],
-    )

@@ -94,6 +94,7 @@ class Tiers:
         assert disk is None or host is not None, "blocks on disk come back through the host tier"
         self.disk = disk
         self.num_restored = 0  # blocks that were read and given a slot
+        self._retired: DiskTier | None = None  # of old weights; it may still write what waits
         self._host = host
         self._limits = limits
         self._wake = wake
@@ -115,6 +116,12 @@ class Tiers:
         if not self._held:
             return None
         return max(0.0, min(held.until for held in self._held.values()) - time.monotonic())
+
+    def exchange(self, limits: Limits, disk: DiskTier | None) -> None:
+        """Go on with the blocks of other weights. Nothing may be held."""
+        assert not self._held, "requests wait for blocks of the old weights"
+        self.disk, self._retired = disk, self.disk
+        self._limits = limits
 
     def hold(self, state: SchedulerState, request: Request) -> bool:
         """Start to read a request's blocks, if that is quicker than computing them.
@@ -186,15 +193,20 @@ class Tiers:
         Nobody finds it any more. The future is done when nobody will after a restart either, or
         has the error why not; see `DiskTier.forget_tagged`.
         """
-        if self.disk is None:
-            none: Future[None] = Future()
-            none.set_result(None)
-            return none
         assert not any(domain in (None, held.request.domain) for held in self._held.values())
         if len(self._flushed) >= _MAX_FLUSHED:
             self._flushed = {None: next_step}  # then nobody's blocks on their way are written
         self._flushed[domain] = next_step
-        return self.disk.forget_tagged(None if domain is None else tag_of(domain))
+        tag = None if domain is None else tag_of(domain)
+        removals: list[Future[None]] = []
+        if self._retired is not None:
+            try:
+                removals.append(self._retired.forget_tagged(tag))
+            except RuntimeError:  # it is closed by now, and writes nothing any more
+                self._retired = None
+        if self.disk is not None:
+            removals.append(self.disk.forget_tagged(tag))
+        return _all_of(removals)
 
     def keep(self, launched: Launched) -> None:
         """Have the blocks that went out with a step written behind; the step is done."""
@@ -285,6 +297,23 @@ class Tiers:
         held.seconds = time.monotonic() - held.since
         held.blocks = blocks
         self._wake()
+
+
+def _all_of(futures: Sequence[Future[None]]) -> Future[None]:
+    """Done when all are; with the error of one that has any."""
+    done: Future[None] = Future()
+    left = itertools.count(len(futures) - 1, -1)
+
+    def note(_: Future[None]) -> None:
+        if next(left) == 0:
+            errors = [error for each in futures if (error := each.exception()) is not None]
+            done.set_exception(errors[0]) if errors else done.set_result(None)
+
+    for future in futures:
+        future.add_done_callback(note)
+    if not futures:
+        done.set_result(None)
+    return done
 
 
 def open_disk_tier(

@@ -12,18 +12,21 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, cast
 
+import grpc
 from google.protobuf.message import Message as ProtoMessage
 from google.protobuf.unknown_fields import UnknownFieldSet
 
+from engine.observe.calls import checked_request_id
 from engine.rpc.octavo.v1 import generation_pb2 as pb
-from engine.sampling import (
-    MAX_BAD_WORDS,
-    MAX_LOGIT_BIAS,
-    MAX_STOP_STRINGS,
-    MAX_STOP_TOKENS,
-    InvalidRequest,
-    SamplingParams,
+from engine.sampling import MAX_CHOICES, Constraint, InvalidRequest, SamplingParams
+from engine.serve.bounds import (
+    MAX_ENTRIES,
+    MAX_LOGPROB_POSITIONS,
+    check_entries,
+    check_messages,
+    check_prompt,
 )
+from engine.serve.errors import Refused
 from engine.types import BeamScore, FinishReason, TokenLogprobs
 
 if TYPE_CHECKING:
@@ -31,11 +34,6 @@ if TYPE_CHECKING:
     from engine.frontend import Delta, EngineStats, ModelInfo, Prompt
 
 MAX_CACHE_SALT_CHARS = 256
-# Positions with log-probabilities in one response: a few hundred bytes each, so that a
-# response stays far under the 4 MiB that gRPC clients accept unless told otherwise.
-MAX_LOGPROBS_PER_RESPONSE = 1024
-
-_REQUEST_ID = re.compile(r"[\x21-\x7e]{1,128}")
 
 _FINISH_TO_PROTO = {
     FinishReason.STOP: pb.FINISH_REASON_STOP,
@@ -48,44 +46,57 @@ _FINISH_FROM_PROTO = {number: reason for reason, number in _FINISH_TO_PROTO.item
 
 
 def refuse_unknown_fields(message: ProtoMessage) -> None:
-    """Raise InvalidRequest if the message, or one inside it, has fields not in our schema.
+    """Refuse a message that has, or one inside it, fields not in our schema.
 
     Protobuf keeps such fields aside in silence; serving the rest would be doing something
     other than what was asked. The usual path costs one pass in C and no Python loop.
+
+    Raises:
+      InvalidRequest: naming the message inside it.
+      Refused: INVALID_ARGUMENT; it is the message itself, of which there is no field to name.
     """
     trimmed = type(message)()
     trimmed.CopyFrom(message)
     trimmed.DiscardUnknownFields()
     if trimmed.ByteSize() != message.ByteSize():
         path, number = next(_unknown_fields(message, ""))
-        raise InvalidRequest(
-            path or message.DESCRIPTOR.name,
-            f"has field number {number}, which this server does not know; "
-            "the client may be newer than the server",
-        )
+        problem = f"has field number {number}, which this server does not know; the client may be "
+        problem += "newer than the server"
+        if path:
+            raise InvalidRequest(path, problem)
+        raise Refused(grpc.StatusCode.INVALID_ARGUMENT, f"{message.DESCRIPTOR.name}: {problem}")
 
 
 def _unknown_fields(message: ProtoMessage, path: str) -> Iterator[tuple[str, int]]:
     for unknown in UnknownFieldSet(message):
         yield path, unknown.field_number
     for field, value in message.ListFields():
-        if field.message_type is not None:
-            for child in value if field.is_repeated else (value,):
-                yield from _unknown_fields(child, f"{path}.{field.name}".lstrip("."))
+        if (kind := field.message_type) is None:
+            continue
+        children = value if field.is_repeated else (value,)
+        if kind.GetOptions().map_entry:
+            children = value.values() if kind.fields_by_name["value"].message_type else ()
+        for child in children:
+            yield from _unknown_fields(child, f"{path}.{field.name}".lstrip("."))
+
+
+def field_path(request: pb.GenerateRequest, field: str) -> str:
+    """Where a request has what the engine calls `field`: a path of its message's fields, or of what
+    is missing."""
+    name = re.split(r"\W", field, maxsplit=1)[0]
+    if name in ("prompt", "prompt_ids"):
+        return request.WhichOneof("prompt") or "prompt"
+    if name == "constraint":
+        kind = request.sampling.constraint.WhichOneof("kind")
+        return f"sampling.constraint.{kind}" if kind else "sampling.constraint"
+    return f"sampling.{field}" if name in pb.SamplingParams.DESCRIPTOR.fields_by_name else field
 
 
 def request_id_from_proto(request: pb.GenerateRequest) -> str | None:
     """The client's name for its request, or None. Raises InvalidRequest."""
     if not request.HasField("request_id"):
         return None
-    # Visible ASCII only: it is written to logs, where a line break would forge an entry.
-    if not _REQUEST_ID.fullmatch(request.request_id):
-        raise InvalidRequest(
-            "request_id",
-            f"{request.request_id!r:.80} must be 1 to 128 visible ASCII characters; "
-            "leave it out to let the server choose one",
-        )
-    return request.request_id
+    return checked_request_id(request.request_id, "request_id")
 
 
 def cache_salt_from_proto(
@@ -104,9 +115,6 @@ def cache_salt_from_proto(
 def prompt_from_proto(request: pb.GenerateRequest, max_model_len: int) -> Prompt:
     """The prompt, as text, token ids or messages.
 
-    Lists are counted before they are copied: a message of 4 MiB may hold millions of entries,
-    and every stream of the server would wait while Python makes objects of them.
-
     Args:
       request: what the client sent.
       max_model_len: tokens of prompt and output that the model takes.
@@ -114,7 +122,6 @@ def prompt_from_proto(request: pb.GenerateRequest, max_model_len: int) -> Prompt
     Raises:
       InvalidRequest: there is none, or it has more token ids or messages than the model takes.
     """
-    most = max_model_len - 1
     match request.WhichOneof("prompt"):
         case "text":
             if not request.text:
@@ -123,20 +130,10 @@ def prompt_from_proto(request: pb.GenerateRequest, max_model_len: int) -> Prompt
         case "token_ids":
             if not request.token_ids.ids:
                 raise InvalidRequest("token_ids", "is empty; give at least one token id")
-            if (count := len(request.token_ids.ids)) > most:
-                raise InvalidRequest(
-                    "token_ids",
-                    f"has {count} tokens, but with one token of output the model takes at most "
-                    f"{most}; shorten it or raise model.max_model_len",
-                )
+            check_prompt(len(request.token_ids.ids), max_model_len)
             return tuple(request.token_ids.ids)
         case "messages":
-            if (count := len(request.messages.messages)) > most:
-                raise InvalidRequest(
-                    "messages",
-                    f"has {count} messages, but with one token of output the model takes at most "
-                    f"{most} tokens; leave old ones out or raise model.max_model_len",
-                )
+            check_messages(len(request.messages.messages), max_model_len)
             return messages_from_proto(request.messages)
         case _:
             raise InvalidRequest("prompt", "is missing; give text, token_ids or messages")
@@ -151,24 +148,43 @@ def messages_from_proto(chat: pb.ChatMessages) -> tuple[Any, ...]:
     for index, message in enumerate(chat.messages):
         if not message.role:
             raise InvalidRequest(
-                f"messages[{index}].role", "is empty; most models take system, user or assistant"
+                f"messages.messages[{index}].role",
+                "is empty; most models take system, user or assistant",
             )
     return tuple(Message(message.role, message.content) for message in chat.messages)
+
+
+def constraint_from_proto(message: pb.Constraint) -> Constraint:
+    """What the output must match. Raises InvalidRequest."""
+    match message.WhichOneof("kind"):
+        case None:
+            raise InvalidRequest("constraint", "is empty; give json_schema, regex or another")
+        case "json_object":
+            return Constraint("json_object")
+        case "choice":
+            check_entries("constraint.choices", len(message.choice.choices), MAX_CHOICES)
+            return Constraint("choice", choices=tuple(message.choice.choices))
+        case kind:
+            return Constraint(kind, getattr(message, kind))
+
+
+def constraint_to_proto(constraint: Constraint) -> pb.Constraint:
+    """The message that says the same."""
+    match constraint.kind:
+        case "json_object":
+            return pb.Constraint(json_object=pb.JsonObject())
+        case "choice":
+            return pb.Constraint(choice=pb.Choices(choices=constraint.choices))
+        case kind:
+            fields: dict[str, Any] = {kind: constraint.text}
+            return pb.Constraint(**fields)
 
 
 # Fields whose proto value is not already what SamplingParams holds.
 _READ: dict[str, Callable[[Any], Any]] = {
     "logit_bias": lambda biases: tuple((each.token_id, each.bias) for each in biases),
     "allowed_token_ids": lambda tokens: tuple(tokens.ids),
-}
-
-
-# SamplingParams checks these as well, but takes tuples, which are made only of short lists.
-_MAX_ENTRIES = {
-    "stop": MAX_STOP_STRINGS,
-    "stop_token_ids": MAX_STOP_TOKENS,
-    "bad_words": MAX_BAD_WORDS,
-    "logit_bias": MAX_LOGIT_BIAS,
+    "constraint": constraint_from_proto,
 }
 
 
@@ -186,10 +202,8 @@ def sampling_from_proto(message: pb.SamplingParams, vocab_size: int) -> Sampling
         )
     values: dict[str, Any] = {}
     for field, value in message.ListFields():
-        if field.is_repeated and len(value) > (most := _MAX_ENTRIES[field.name]):
-            raise InvalidRequest(
-                field.name, f"has {len(value)} entries, but at most {most} are taken"
-            )
+        if field.is_repeated:
+            check_entries(field.name, len(value), MAX_ENTRIES[field.name])
         read = _READ.get(field.name, tuple if field.is_repeated else None)
         values[field.name] = read(value) if read else value
     return SamplingParams(**values)
@@ -207,6 +221,8 @@ def sampling_to_proto(sampling: SamplingParams) -> pb.SamplingParams:
         values["logit_bias"] = [pb.LogitBias(token_id=token, bias=bias) for token, bias in pairs]
     if "allowed_token_ids" in values:
         values["allowed_token_ids"] = pb.TokenIds(ids=values["allowed_token_ids"])
+    if "constraint" in values:
+        values["constraint"] = constraint_to_proto(values["constraint"])
     return pb.SamplingParams(**values)
 
 
@@ -270,8 +286,13 @@ def responses_from_delta(request_id: str, delta: Delta) -> Iterator[pb.GenerateR
     Only positions are spread over the responses; the text and the reason for the end are in
     the last, the one that a client may stop at.
     """
-    size = MAX_LOGPROBS_PER_RESPONSE
-    usage = pb.Usage(**dataclasses.asdict(delta.usage))
+    size = MAX_LOGPROB_POSITIONS
+    counts = delta.usage  # field by field: asdict takes as long as all the rest
+    usage = pb.Usage(
+        prompt_tokens=counts.prompt_tokens,
+        cached_tokens=counts.cached_tokens,
+        completion_tokens=counts.completion_tokens,
+    )
     prompt_logprobs, token_ids, logprobs = delta.prompt_logprobs, delta.token_ids, delta.logprobs
     while len(prompt_logprobs) > size:
         yield pb.GenerateResponse(
@@ -296,10 +317,12 @@ def responses_from_delta(request_id: str, delta: Delta) -> Iterator[pb.GenerateR
         index=delta.index,
         text=delta.text,
         token_ids=token_ids,
-        logprobs=map(_logprobs_to_proto, logprobs),
-        prompt_logprobs=map(_logprobs_to_proto, prompt_logprobs),
         usage=usage,
     )
+    if logprobs:
+        last.logprobs.extend(map(_logprobs_to_proto, logprobs))
+    if prompt_logprobs:
+        last.prompt_logprobs.extend(map(_logprobs_to_proto, prompt_logprobs))
     if delta.beam is not None:
         last.beam.CopyFrom(pb.BeamScore(**delta.beam._asdict()))
     if delta.finish_reason is not None:

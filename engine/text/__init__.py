@@ -13,12 +13,14 @@ if TYPE_CHECKING:
     from engine.text.bad_words import bad_word_ids
     from engine.text.chat_template import ChatTemplate, Message
     from engine.text.detokenizer import Detokenizer
+    from engine.text.grammars import Grammars
     from engine.text.stop_strings import StopChecker
     from engine.text.tokenizer import Tokenizer, TokenizerError
 
 _HOME = {
     "ChatTemplate": "chat_template",
     "Detokenizer": "detokenizer",
+    "Grammars": "grammars",
     "Message": "chat_template",
     "StopChecker": "stop_strings",
     "Tokenizer": "tokenizer",
@@ -29,6 +31,7 @@ _HOME = {
 __all__ = [
     "ChatTemplate",
     "Detokenizer",
+    "Grammars",
     "Message",
     "StopChecker",
     "Tokenizer",

@@ -6,6 +6,7 @@ the same ids for the same model.
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -32,10 +33,12 @@ class Tokenizer:
 
     Attributes:
       vocab_size: one above the highest token id. A model's own may be larger, by padding.
-      bos_token_id, eos_token_id: beginning and end of a text, or None.
+      bos_token_id, eos_token_id, pad_token_id: beginning and end of a text, and padding, or None.
       eos_token_ids: all tokens that end an answer (end of text, of turn, of message).
       special_ids: control tokens, which `decode` can leave out.
       token_bytes: `token_bytes[id]` is what the token stands for, in bytes.
+      special_tokens: text of "bos", "eos", "pad" and "unk", those that there are.
+      chat_template: its source, or None.
     """
 
     def __init__(
@@ -58,12 +61,15 @@ class Tokenizer:
         tokenizer.no_padding()
         _make_special(tokenizer, special_tokens.values())
         self._tokenizer = tokenizer
+        self.special_tokens = dict(special_tokens)
+        self.chat_template = chat_template
         self._added = tokenizer.get_added_tokens_decoder()
         self.token_bytes = TokenBytes(tokenizer)
         self.vocab_size: int = max(tokenizer.get_vocab().values(), default=-1) + 1
         self.special_ids = frozenset(i for i, token in self._added.items() if token.special)
         self.bos_token_id = self._id_of(special_tokens.get("bos"))
         self.eos_token_id = self._id_of(special_tokens.get("eos"))
+        self.pad_token_id = self._id_of(special_tokens.get("pad"))
         eos = (self.eos_token_id, *eos_token_ids)
         self.eos_token_ids: frozenset[int] = frozenset(i for i in eos if i is not None)
         # Any text may hold characters that the vocabulary lacks, so "unknown" is no control
@@ -74,6 +80,20 @@ class Tokenizer:
         self._blind = _blind_to_special_tokens(tokenizer)
         self._template: ChatTemplate | str
         self._template = self._compile(chat_template, special_tokens)
+        self._template_source = chat_template or ""
+
+    @property
+    def fingerprint(self) -> str:
+        """Hex SHA-256 of what it makes of texts and chats; equal for equal files. Slow."""
+        parts = (
+            self._tokenizer.to_str(),
+            self._template_source,
+            *map(str, sorted(self.eos_token_ids)),
+        )
+        digest = hashlib.sha256()
+        for part in parts:
+            digest.update(hashlib.sha256(part.encode()).digest())
+        return digest.hexdigest()
 
     @classmethod
     def from_folder(cls, path: str | Path) -> Tokenizer:
@@ -169,6 +189,10 @@ class Tokenizer:
     def id_to_token(self, token_id: int) -> str | None:
         """The token as the vocabulary writes it ("Ġthe", "▁the"), or None if there is none."""
         return id_to_token(self._tokenizer, token_id)
+
+    def to_json(self) -> str:
+        """All of it but the chat template, as a tokenizer.json has it."""
+        return self._tokenizer.to_str()
 
     @property
     def has_chat_template(self) -> bool:

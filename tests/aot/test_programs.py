@@ -43,14 +43,18 @@ def test_it_is_the_program_that_the_engine_runs(
     config = config_of(model, **changes)
     before = len(jax.live_arrays())
     step, buckets = programs.step_of(config, jax.devices())
-    ours = {bucket: step.lower(bucket).as_text() for bucket in buckets}
+    ours = {bucket: step.lower_forward(bucket).as_text() for bucket in buckets}
+    sizes = {bucket.num_seqs for bucket in buckets}
+    choosing = {num_seqs: step.lower_choose(num_seqs).as_text() for num_seqs in sizes}
     assert len(jax.live_arrays()) <= before
     monkeypatch.setattr(Runner, "warm_up", lambda *_: None)  # compiling would take its time
     runner = load_engine(config).runner
     assert buckets == runner.shape.buckets
     assert len(set(ours.values())) == len(buckets)
     for bucket in buckets:
-        assert ours[bucket] == runner._step.lower(bucket).as_text()
+        assert ours[bucket] == runner._step.lower_forward(bucket).as_text()
+    for num_seqs in sizes:
+        assert choosing[num_seqs] == runner._step.lower_choose(num_seqs).as_text()
 
 
 def test_bytes_of_a_chip_are_those_of_octavo_plan(model: Path) -> None:

@@ -12,16 +12,17 @@ import pytest
 
 from engine import bench
 from engine.bench import Synthetic
-from engine.config import ConfigError, ServerConfig
+from engine.config import ConfigError
 from engine.frontend import Engine
 from engine.serve.server import Server
+from engine.server_config import ServerConfig
 
 SHAPE = Synthetic(num_requests=12, input_len=40, output_len=10, shared_prefix=20)
 
 
 @pytest.fixture
 async def address(tiny_engine: Engine) -> AsyncIterator[str]:
-    server = Server(ServerConfig(port=0, public_stats=True), grace=0.05)
+    server = Server(ServerConfig(port=0, public_stats=True, grace=0.05))
     await server.start()
     await server.set_engine(tiny_engine)
     yield server.address
@@ -165,7 +166,7 @@ async def test_a_server_s_cache_is_looked_at_while_it_runs(
 async def test_a_server_may_keep_its_figures_to_itself(
     tiny_engine: Engine, tmp_path: Path, capsys: Any
 ) -> None:
-    server = Server(ServerConfig(port=0), grace=0.05)
+    server = Server(ServerConfig(port=0, grace=0.05))
     await server.start()
     await server.set_engine(tiny_engine)
     output = tmp_path / "report.json"

@@ -41,7 +41,7 @@ class History:
         # The "model": a hash of the tokens, the domain left out, as weights don't know it.
         self.digest = 17 if parent is None else (parent.digest * 1_000_003 + token + 1) % (1 << 61)
         self._block: list[History] | None = None
-        self._key: bytes | None = None
+        self._key: tuple[str, bytes] | None = None  # and for which weights
 
     def then(self, token: int) -> History:
         """This history with one more token."""
@@ -94,7 +94,7 @@ class History:
 
         `public` is the text whose full blocks every domain shares.
         """
-        if self._key is None:
+        if self._key is None or self._key[0] != fingerprint:
             tokens = self.tokens
             shared = 0  # blocks
             while tokens[: (shared + 1) * block_size] == public[: (shared + 1) * block_size] and (
@@ -109,8 +109,8 @@ class History:
                 block = tokens[start : start + block_size]
                 packed = b"".join(struct.pack("<i", token) for token in block)
                 key = hashlib.sha256(key + packed).digest()
-            self._key = key
-        return self._key
+            self._key = fingerprint, key
+        return self._key[1]
 
 
 def _hash_of(version: bytes, *parts: str) -> bytes:
@@ -159,6 +159,11 @@ class Record:
         """Tokens of prompt and output, had it run alone."""
         self.history(stop)
         return tuple(node.token for node in self.chain[start + 1 : stop + 1])
+
+    @property
+    def has_begun(self) -> bool:
+        """Whether it has ever run."""
+        return self.num_cached is not None
 
     @property
     def may_decode(self) -> bool:

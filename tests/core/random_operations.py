@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import random
 from collections import Counter
+from collections.abc import Mapping
 
 from engine.core.limits import Limits
 from engine.sampling import SamplingParams
@@ -81,6 +82,8 @@ WEIGHTS = {
     "tick": 6,
     "flush": 1,
 }
+# The same where weights are exchanged, in a few runs only: it takes all that is cached with it.
+WEIGHTS_OF_EXCHANGES = {**WEIGHTS, "close queue": 4, "exchange": 20}
 
 
 def make_limits(numbers: Numbers) -> Limits:
@@ -181,6 +184,10 @@ def possible(simulation: Simulation) -> set[str]:
         names |= {"fail unlaunched"} & {f"{name} unlaunched" for name in names}
     if simulation.in_flight:
         names |= {"commit"}
+    if not simulation.is_closed:
+        names |= {"close queue"}
+    if simulation.has_drained:
+        names |= {"exchange"}
     return names
 
 
@@ -203,6 +210,10 @@ def perform(simulation: Simulation, operation: str, numbers: Numbers, serial: in
         simulation.tick(5 * numbers["shared"])
     elif operation == "flush":
         simulation.flush((None, *DOMAINS)[numbers["shared"] % (len(DOMAINS) + 1)])
+    elif operation == "close queue":
+        simulation.close_queue()
+    elif operation == "exchange":
+        simulation.exchange(f"weights {serial}")
     elif operation == "copy":
         simulation.copy_and_compare(adopt=numbers["family"] == 0)
     else:
@@ -217,10 +228,14 @@ def draw(rng: random.Random, ranges: Ranges) -> Numbers:
 
 
 def perform_random(
-    simulation: Simulation, rng: random.Random, num_operations: int, requests: Ranges = REQUEST
+    simulation: Simulation,
+    rng: random.Random,
+    num_operations: int,
+    requests: Ranges = REQUEST,
+    weights_of: Mapping[str, int] = WEIGHTS,
 ) -> None:
     """That many operations, less those that were not possible, and then until idle."""
-    names, weights = list(WEIGHTS), list(WEIGHTS.values())
+    names, weights = list(weights_of), list(weights_of.values())
     for serial in range(num_operations):
         (operation,) = rng.choices(names, weights)
         if operation in possible(simulation):
@@ -234,5 +249,6 @@ def run_random(
     """Random limits, then random operations. Returns what happened."""
     rng = random.Random(seed)
     simulation = make_simulation(draw(rng, limits))
-    perform_random(simulation, rng, num_operations, requests)
+    weights = WEIGHTS_OF_EXCHANGES if seed % 8 == 5 else WEIGHTS
+    perform_random(simulation, rng, num_operations, requests, weights)
     return simulation.counts

@@ -11,11 +11,13 @@ Hypothesis and a seeded random driver both use `Simulation`; see `test_stateful`
 
 from __future__ import annotations
 
+import dataclasses
 from collections import deque
 from typing import TYPE_CHECKING
 
-from engine.core import restoring, scheduler, upkeep
+from engine.core import reloading, restoring, scheduler, upkeep
 from engine.core.block_pool import BlockPool
+from engine.core.journal import BlockRemoved, BlockStored, Change, Journal, PoolCleared
 from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState, StaleState
 from engine.sampling import InvalidRequest
@@ -59,8 +61,57 @@ class Simulation(FakeDevice):
         self._pinned: Request | None = None  # that computed the public text
         self._left_at: dict[int, int] = {}  # when the last owner of a cached block left it
         self._named: set[int] = set()
+        self.is_closed = False  # to those that have not begun
+        self._mirror: dict[bytes, BlockStored] = {}  # what the journal makes of the pool
+        self._watch()
+
+    def _watch(self) -> None:
+        """Have the pool's changes noted."""
+        self._changes: list[Change] = []
+        journal = Journal(self._changes.extend, with_tokens=True)
+        self.state.core.pool.retention.journal = journal
 
     # Operations.
+
+    def close_queue(self) -> None:
+        """The weights are to be exchanged: from now on, only what has begun runs."""
+        old = self.state
+        self.state = reloading.close_queue(self.state)
+        if self.recorder:
+            self.recorder.drain()
+        self._assert_consumed(old)
+        self.is_closed = True
+        self._after("close queue")
+
+    @property
+    def has_drained(self) -> bool:
+        """Whether the weights may be exchanged."""
+        return self.is_closed and reloading.has_drained(self.state)
+
+    def exchange(self, fingerprint: str) -> None:
+        """Go on with other weights: nothing that was computed may be found again."""
+        old = self.state
+        self.state = reloading.reload(self.state, fingerprint)
+        if self.recorder:
+            self.recorder.reload(fingerprint)
+        self._assert_consumed(old)
+        self.limits = dataclasses.replace(self.limits, fingerprint=fingerprint)
+        self.is_closed = False
+        if self._pinned is None and "public" not in self.records:
+            self.public = ()  # it was aborted, so nobody computes it again
+        self._computed_anew()
+        assert not len(self.state.core.host), "a slot of the old weights can be found"
+        self._after("exchange")
+
+    def _computed_anew(self) -> None:
+        """The device's memory is lost, and public prefixes with it."""
+        if self._pinned is not None:  # it is computed once more
+            self._record(self._pinned)
+            self._pinned = None
+        self.wipe()
+        self._named = set()
+        assert self.state.pool.free == self.limits.num_blocks, "a name outlived its contents"
+        self._left_at.clear()
 
     def tick(self, milliseconds: int) -> None:
         """Let time pass."""
@@ -223,7 +274,8 @@ class Simulation(FakeDevice):
         else:
             self.move(plan)
             moves = plan.erased_blocks or plan.erased_slots
-            assert self.in_flight or not self.records or moves, "nothing can run"
+            can_wait = self.in_flight or self.is_closed
+            assert can_wait or not self.records or moves, "nothing can run"
             self.counts["empty plans"] += 1
         self._after("schedule")
         self._check_erased()
@@ -310,15 +362,9 @@ class Simulation(FakeDevice):
                 record.lose_slot()
             elif record is record.gang.first and record.has_slot:
                 record.gang.restart(counts=False)
-        if self._pinned is not None:  # it is computed once more
-            self._record(self._pinned)
-            self._pinned = None
         self.in_flight.clear()
         self._unlaunched = None
-        self.wipe()
-        self._named = set()
-        assert self.state.pool.free == self.limits.num_blocks, "a name outlived its contents"
-        self._left_at.clear()
+        self._computed_anew()
         self.counts["failed requests"] += len(ended)
         self._after("fail")
 
@@ -343,6 +389,7 @@ class Simulation(FakeDevice):
         assert twin.snapshot() == self.state.snapshot()
         if adopt:
             self.state = twin
+            self._watch()
         self._after("copy")
 
     def drain(self) -> int:
@@ -359,6 +406,8 @@ class Simulation(FakeDevice):
             bound *= self.max_in_flight * (1 + self.limits.max_preemptions)
         steps = 0
         while self.records or self.in_flight or not self.state.is_idle:
+            if self.has_drained:
+                self.exchange("others at the end")
             if len(self.in_flight) < self.max_in_flight and not self.state.is_idle:
                 self.schedule()
                 steps += 1
@@ -405,7 +454,11 @@ class Simulation(FakeDevice):
         assert state.num_waiting == len(self.records) - state.num_running
         if state.num_running == 0:
             assert state.pool.owned == self.state.core.public.num_blocks
+        begun = [r for r in self.records.values() if r.has_slot or (r.has_begun and r.waits_alone)]
+        if self.is_closed:
+            assert reloading.has_drained(state) == (not begun and not state.core.in_flight)
         self._check_names()
+        self._check_journal()
         self._check_eviction_order()
 
     def _check_erased(self) -> None:
@@ -458,6 +511,39 @@ class Simulation(FakeDevice):
             assert key == self.key_of(last), "a slot's name is not true"
         self.counts["evicted"] += len(self._named - pool._key_of.keys())
         self._named = set(pool._key_of)
+
+    def _check_journal(self) -> None:
+        """Who applies the journal's changes knows what can be found, and what it is."""
+        pool = self.state.core.pool
+        assert isinstance(pool, BlockPool)
+        pool.retention.journal.publish()
+        changes, self._changes[:] = self._changes.copy(), []
+        stored = []
+        for change in changes:
+            match change:
+                case BlockStored(key=key):
+                    assert key not in self._mirror, "a block was stored twice"
+                    self._mirror[key] = change
+                    stored.append(change)
+                case BlockRemoved(key=key):
+                    assert self._mirror.pop(key, None), "what was removed was never stored"
+                case PoolCleared():
+                    self._mirror.clear()
+        assert self._mirror.keys() == pool._block_of.keys(), "the journal has another pool"
+        for block in stored:
+            if block is not self._mirror.get(block.key):
+                continue  # gone already
+            contents = self.kv[pool._block_of[block.key]]
+            first, last = contents[0], contents[-1]
+            assert first is not None
+            assert last is not None
+            before = first.parent
+            assert before is not None
+            assert block.parent == (None if before.parent is None else self.key_of(before))
+            assert block.index == len(before.tokens) // self.limits.block_size
+            assert block.domain == (None if self.is_public(last) else last.domain)
+            assert block.token_ids == tuple(h.token for h in contents if h)
+            self.counts["journaled"] += 1
 
     def _check_eviction_order(self) -> None:
         """Of the blocks that one sequence released, the last goes first."""

@@ -74,6 +74,7 @@ def naive_layout(plan: StepPlan, bucket: Bucket, sink_slot: int) -> dict[str, np
         "edits": [False] * num_seqs,
         "bans_stops": [False] * num_seqs,
         "wants_logprobs": [False] * num_seqs,
+        "constrained": [False] * num_seqs,
         "seeds": [[0, 0] for _ in range(num_seqs)],
         "output_positions": [0] * num_seqs,
         "prompt_indices": [0] * num_tokens,
@@ -104,6 +105,7 @@ def naive_layout(plan: StepPlan, bucket: Bucket, sink_slot: int) -> dict[str, np
             or sampling.edits_logits
             or sampling.logprobs is not None
             or sampling.prompt_logprobs is not None
+            or sampling.constraint is not None
         )
         if row.samples and needs_more_than_argmax:
             special.append(index)
@@ -114,6 +116,7 @@ def naive_layout(plan: StepPlan, bucket: Bucket, sink_slot: int) -> dict[str, np
             out["edits"][index] = sampling.edits_logits
             out["bans_stops"][index] = row.output_position < sampling.min_tokens
             out["wants_logprobs"][index] = sampling.logprobs is not None
+            out["constrained"][index] = sampling.constraint is not None
             high, low = divmod(row.request.seed, 2**32)
             out["seeds"][index] = [low, high]
     for index in range(len(plan.rows), num_seqs):
@@ -205,6 +208,7 @@ def test_arrays_have_the_dtypes_that_the_programs_are_compiled_for():
                 "edits": np.bool_,
                 "bans_stops": np.bool_,
                 "wants_logprobs": np.bool_,
+                "constrained": np.bool_,
                 "seeds": np.uint32,
                 "temperature": np.float32,
                 "top_p": np.float32,
@@ -274,9 +278,9 @@ def test_prompt_targets_are_the_next_prompt_tokens_and_stop_with_the_prompt():
     first = make_row(0, 3, prompt_logprobs=0)  # tokens 100 101 102
     other = make_row(2, 2)
     batch = build(StepPlan(0, (other, first)), (Bucket(8, 4, 1),), SINK)
-    count = int(batch.sampling.num_prompt_logprobs)
-    assert batch.sampling.prompt_indices[:count].tolist() == [2, 3]
-    assert batch.sampling.prompt_targets[:count].tolist() == [101, 102]
+    count = int(batch.num_prompt_logprobs)
+    assert batch.prompt_indices[:count].tolist() == [2, 3]
+    assert batch.prompt_targets[:count].tolist() == [101, 102]
 
 
 # Buckets.

@@ -54,8 +54,10 @@ EVENTS = (
     "finished: stop",
     "hits",
     "inherited",
+    "journaled",
     "merged",
     "operation: copy",
+    "operation: exchange",
     "parted",
     "preempted",
     "public positions read",
@@ -134,6 +136,17 @@ class SchedulerMachine(RuleBasedStateMachine):
             self.perform("flush", {"shared": shared})
         elif self.can("schedule"):
             self.perform("schedule", {})
+
+    @rule(luck=st.integers(0, 5))
+    def close_queue(self, luck: int) -> None:
+        """Seldom, as above."""
+        if luck == 0 and self.can("close queue"):
+            self.perform("close queue", {})
+
+    @precondition(lambda self: self.can("exchange"))
+    @rule()
+    def exchange(self) -> None:
+        self.perform("exchange", {})
 
     @rule(luck=st.integers(0, 5))
     def fail(self, luck: int) -> None:

@@ -13,11 +13,12 @@ from typing import TYPE_CHECKING, Any
 
 import pytest
 
-from engine.config import ServerConfig
 from engine.core.picture import Frame, take_picture
 from engine.dashboard import page
 from engine.dashboard.recording import Recording
-from engine.serve.server import Server, background_loop
+from engine.serve.run import background_loop
+from engine.serve.server import Server
+from engine.server_config import ServerConfig
 from engine.types import Domain, Fork
 from tests.core.driver import Driver, make_request
 from tests.serve.fake_engine import FakeEngine
@@ -465,7 +466,7 @@ def serve(monkeypatch: pytest.MonkeyPatch) -> Iterator[Serve]:
     with background_loop() as run:
 
         def start(engine: LiveEngine) -> str:
-            server = Server(ServerConfig(port=0), grace=0.05, http=("127.0.0.1", 0))
+            server = Server(ServerConfig(port=0, grace=0.05, http="127.0.0.1:0"))
             run(server.start())
             stops.append(server)
             run(server.set_engine(engine))

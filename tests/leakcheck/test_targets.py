@@ -12,13 +12,13 @@ from typing import Any
 import grpc
 import pytest
 
-from engine.config import ServerConfig
 from engine.leakcheck import http_target
 from engine.leakcheck.addresses import LeakcheckError, resolve
 from engine.leakcheck.http_target import HttpTarget, parse_metrics
 from engine.leakcheck.targets import GrpcTarget, Reply, Tenant, numbers_in
 from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.serve.server import Server
+from engine.server_config import ServerConfig
 from engine.types import Domain
 from tests.leakcheck.servers import grpc_server, http_server
 from tests.leakcheck.simulation import Simulation
@@ -69,7 +69,7 @@ async def _ask(answer: bytes, timeout: float = 5.0) -> Reply:
 
 async def test_the_real_service_answers_as_the_target_expects() -> None:
     engine = FakeEngine()
-    server = Server(ServerConfig(port=0), grace=0.05)
+    server = Server(ServerConfig(port=0, grace=0.05))
     await server.start()
     await server.set_engine(engine)
     try:
@@ -105,6 +105,11 @@ def test_every_number_of_an_answer_is_watched_but_the_time() -> None:
         if field.name in ("finished", "held_steps"):
             getattr(everything, field.name)["some"] = number
             expected[f"{field.name}[some]"] = float(number)
+        elif field.message_type is not None:
+            histogram = pb.Histogram(bounds=[0.5], counts=[number, 0], sum=number)
+            getattr(everything, field.name).CopyFrom(histogram)
+            parts = {"bounds[0]": 0.5, "counts[0]": number, "counts[1]": 0, "sum": number}
+            expected |= {f"{field.name}.{part}": float(value) for part, value in parts.items()}
         else:
             setattr(everything, field.name, number)
             expected[field.name] = float(number)

@@ -16,7 +16,7 @@ import numpy as np
 from engine.core import batching
 from engine.core.buckets import Bucket
 from engine.model import sampler
-from engine.runtime import runner
+from engine.runtime.slots import slot_state
 from engine.types import PlanRow, Request, StepPlan
 from tests.engines import make_request
 
@@ -32,11 +32,12 @@ class Row:
     slot: int | None = None
     samples: bool = True
     is_new: bool = True  # whether the slot must be set
+    allowed: tuple[int, ...] | None = None  # by the row's mask; None if every bit of it is set
 
 
 @jax.jit
-def sample(logits, batch, state):
-    return sampler.sample(logits, batch.slots, batch.samples, batch.sampling, state)
+def sample(logits, batch, state, masks):
+    return sampler.sample(logits, batch.slots, batch.samples, batch.sampling, state, masks)
 
 
 set_slot = jax.jit(sampler.set_slot)
@@ -57,7 +58,7 @@ def choose(
     for index, row in enumerate(rows):
         slot = index if row.slot is None else row.slot
         if row.is_new and row.request.sampling.edits_logits:
-            new = runner._slot_state(row.request, row.history, vocab)
+            new = slot_state(row.request, row.history, vocab)
             state = set_slot(state, np.int32(slot), new)
         plan_rows.append(
             PlanRow(
@@ -76,7 +77,13 @@ def choose(
     batch = batching.build(plan, (Bucket(num_seqs, num_seqs, 1),), num_slots)
     padded = np.full((num_seqs, vocab), np.nan, np.float32)
     padded[: len(rows)] = logits
-    sampled, state = sample(padded, batch, state)
+    masks = batching.masks(num_seqs, vocab)
+    for mask, row in zip(masks, rows, strict=False):
+        if row.allowed is not None:
+            bits = np.zeros(32 * mask.size, np.bool_)
+            bits[list(row.allowed)] = True
+            mask[:] = np.packbits(bits, bitorder="little").view(np.int32)
+    sampled, state = sample(padded, batch, state, masks)
     return jax.tree.map(np.asarray, sampled), state
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import re
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -13,8 +14,8 @@ import pytest
 from engine.core import batching
 from engine.core.buckets import Bucket
 from engine.model import sampler
-from engine.runtime import runner
-from engine.sampling import MAX_LOGPROBS
+from engine.runtime.slots import slot_state
+from engine.sampling import MAX_LOGPROBS, Constraint
 from engine.types import Request
 from tests.conftest import DATA
 from tests.engines import Result, make_request, small_engine
@@ -28,7 +29,7 @@ from tests.model.sampler_bench import (
     set_slot,
     tokens,
 )
-from tests.model.sampler_oracle import log_softmax
+from tests.model.sampler_oracle import distribution, edit, log_softmax
 
 # A seed names a draw --------------------------------------------------------------------
 
@@ -211,7 +212,7 @@ def test_only_the_slots_of_rows_that_sample_change() -> None:
     state = sampler.initial_state(NUM_SLOTS + 1, 64)
     everything = edit_everything()
     for slot in range(NUM_SLOTS):
-        new = runner._slot_state(everything.request, everything.history, 64)
+        new = slot_state(everything.request, everything.history, 64)
         state = set_slot(state, np.int32(slot), new)
     before = jax.tree.map(np.asarray, state)
     rows = [
@@ -235,8 +236,8 @@ def test_only_the_slots_of_rows_that_sample_change() -> None:
 def test_setting_a_slot_leaves_nothing_of_its_last_owner() -> None:
     state = sampler.initial_state(3, 64)
     everything = edit_everything()
-    used = runner._slot_state(everything.request, everything.history, 64)
-    fresh = runner._slot_state(request(min_tokens=1), (), 64)
+    used = slot_state(everything.request, everything.history, 64)
+    fresh = slot_state(request(min_tokens=1), (), 64)
     for row in (used, fresh):
         state = set_slot(state, np.int32(1), row)
     for name, array, new in zip(state._fields, state, fresh, strict=True):
@@ -278,7 +279,7 @@ def test_nobody_pays_for_a_sort_and_plain_rows_pay_for_an_argmax_alone(num_seqs:
     batch = batching.empty(Bucket(num_seqs, num_seqs, 1), num_seqs)
     state = sampler.initial_state(num_seqs + 1, vocab)
     logits = jax.ShapeDtypeStruct((num_seqs, vocab), jnp.float32)
-    hlo = sample.lower(logits, batch, state).compile().as_text()
+    hlo = sample.lower(logits, batch, state, batching.masks(num_seqs, vocab)).compile().as_text()
     assert hlo is not None
     parts = computations(hlo)
 
@@ -293,3 +294,74 @@ def test_nobody_pays_for_a_sort_and_plain_rows_pay_for_an_argmax_alone(num_seqs:
     for what in (r" while\(", r" exponential\(", r" log\("):
         assert uses(what, through_branches=True)
         assert not uses(what, through_branches=False)
+
+
+# Masks ----------------------------------------------------------------------------------
+
+
+def constrained(**fields: Any) -> Request:
+    return request(constraint=Constraint("json_object"), **fields)
+
+
+def masks_of_every_kind(vocab: int, seed: int) -> list[tuple[int, ...]]:
+    """Few tokens, many, one in the last word, one that is the least likely."""
+    rng = np.random.default_rng(seed)
+    few, many = (np.flatnonzero(rng.random(vocab) < part).tolist() for part in (0.05, 0.9))
+    return [(*few, 1), tuple(many), (vocab - 1,), (0,)]
+
+
+@pytest.mark.parametrize("vocab", [64, 100, 1000])
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"temperature": 1.0},
+        {"temperature": 0.5, "top_k": 5, "top_p": 0.8, "min_p": 0.05},
+        {"temperature": 100.0},
+        {"repetition_penalty": 3.0, "presence_penalty": 50.0, "frequency_penalty": -50.0},
+        {"temperature": 1.0, "logit_bias": tuple((token, 100.0) for token in range(2, 60))},
+    ],
+    ids=lambda fields: "-".join(fields) or "greedy",
+)
+def test_a_masked_row_chooses_as_if_there_were_no_other_tokens(
+    vocab: int, fields: dict[str, Any]
+) -> None:
+    logits = random_logits(4, vocab) * 10
+    logits[3, 0] = -1e30  # allowed, and yet what a ban would make of it
+    history = (3, 3, 7)
+    made = [dataclasses.replace(constrained(**fields), seed=seed) for seed in range(4)]
+    for turn in range(8):
+        allowed = masks_of_every_kind(vocab, turn)
+        rows = [
+            Row(each, history[: turn % 4], allowed=tokens_)
+            for each, tokens_ in zip(made, allowed, strict=True)
+        ]
+        for row, values, token in zip(rows, logits, tokens(logits, rows), strict=True):
+            assert row.allowed is not None
+            scores = edit(values, row.request, row.history)
+            scores[[token for token in range(vocab) if token not in row.allowed]] = -np.inf
+            if row.request.sampling.temperature == 0:
+                assert scores[token] >= scores.max() - 1e-3
+            else:
+                assert distribution(scores, row.request)[token] > 0 or len(row.allowed) == 1
+                assert token in row.allowed
+
+
+def test_a_mask_leaves_a_draw_to_its_seed_and_its_logits() -> None:
+    """Where what is likely is allowed, the draw is the one without a mask."""
+    logits = np.full((1, 500), -200.0, np.float32)
+    logits[0, 100:200] = random_logits(1, 100)[0]
+    for seed in range(5):
+        plain = dataclasses.replace(request(temperature=1.0), seed=seed)
+        masked = dataclasses.replace(constrained(temperature=1.0), seed=seed)
+        allowed = tuple(range(50, 300))
+        assert tokens(logits, [Row(plain)]) == tokens(logits, [Row(masked, allowed=allowed)])
+
+
+def test_a_mask_is_its_own_row_s_alone() -> None:
+    """Rows that are not constrained don't read theirs, whatever is in it."""
+    logits = random_logits(3, 200)
+    rows = [Row(request()), Row(constrained(), allowed=(9,)), Row(request(temperature=1.0))]
+    free = tokens(logits, [rows[0], Row(request()), rows[2]])
+    shut = [dataclasses.replace(row, allowed=()) for row in (rows[0], rows[2])]
+    assert tokens(logits, [shut[0], rows[1], shut[1]]) == [free[0], 9, free[2]]

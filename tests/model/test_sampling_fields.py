@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import re
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
@@ -19,7 +20,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from engine.config_file import from_tree
 from engine.frontend import Engine
-from engine.sampling import SamplingParams
+from engine.sampling import Constraint, SamplingParams
 from engine.types import BeamScore, Domain, FinishReason, Fork, Request, TokenLogprobs
 from tests import compile_cache
 from tests.conftest import DATA
@@ -130,6 +131,10 @@ CHANGES: dict[str, Change] = {
         ),
     ),
     "early_stopping": Change(True, SEARCH),
+    "constraint": Change(
+        Constraint("regex", "[A-C]{7}"),
+        holds=lambda _, after: re.fullmatch("[A-C]{7}", after.text) is not None,
+    ),
 }
 
 
@@ -240,6 +245,7 @@ ELSEWHERE = {
     "deadline": "is the loop's: test_a_deadline_ends_a_request",
     "cache_ttl": "tests/core/test_retention.py: test_blocks_stay_for_their_time_to_live",
     "is_public": "tests/core/test_retention.py: test_every_domain_shares_a_public_prefix",
+    "matchers": "tests/runtime/test_constraints.py: what they are asked, and when",
     "is_private": "tests/core/test_retention.py: test_a_private_request_leaves_nothing",
 }
 

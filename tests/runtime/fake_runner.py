@@ -11,16 +11,21 @@ import threading
 from collections import defaultdict
 from typing import Any
 
+import numpy as np
+
 from engine.config import BucketConfig, SchedulerConfig
+from engine.core import batching
 from engine.core.batching import Batch
 from engine.core.buckets import bucket_set
 from engine.core.limits import Limits
-from engine.runtime.loop import EngineLoop, News, Rejected
+from engine.runtime.loop import EngineLoop
+from engine.runtime.news import News, Rejected
 from engine.runtime.runner import RunnerShape
 from engine.sampling import InvalidRequest
 from engine.types import QueueFull, Request, StepPlan, StepTokens
 from tests.engines import Result
 
+VOCAB_SIZE = 64
 LIMITS = Limits(
     num_blocks=32,
     block_size=4,
@@ -47,6 +52,8 @@ class FakeLaunched:
     plan: StepPlan
     runner: FakeRunner
     number: int
+    masks: np.ndarray | None = None
+    is_chosen: bool = False
 
     def wait(self) -> StepTokens:
         """Wait for the gate, then fail or give the tokens."""
@@ -54,6 +61,7 @@ class FakeLaunched:
         self.runner.events.append(f"wait {self.number}")
         if self.number in self.runner.fail_waits:
             raise DeviceFailed(f"step {self.number} failed on the device")
+        assert self.is_chosen
         rows = self.plan.rows
         return StepTokens(tuple(row.request.seed + row.output_position for row in rows))
 
@@ -93,7 +101,17 @@ class FakeRunner:
         self.events.append(f"launch {number}")
         if number in self.fail_launches:
             raise DeviceFailed(f"launch {number} failed")
-        return FakeLaunched(plan, self, number)
+        launched = FakeLaunched(plan, self, number)
+        if batch.sampling.constrained.any():
+            launched.masks = batching.masks(batch.slots.size, VOCAB_SIZE)
+        else:
+            launched.is_chosen = True
+        return launched
+
+    def choose(self, launched: FakeLaunched) -> None:
+        """Have the tokens of a step with masks chosen."""
+        self.events.append(f"choose {launched.number}")
+        launched.is_chosen = True
 
     def move_blocks(self, plan: StepPlan) -> None:
         """What a plan without rows is for."""

@@ -23,6 +23,8 @@ from tests.core.random_operations import (
     REQUEST,
     SEARCH_LIMITS,
     SEARCH_REQUEST,
+    WEIGHTS,
+    WEIGHTS_OF_EXCHANGES,
     declare_public,
     draw,
     perform_random,
@@ -42,7 +44,9 @@ def record_random(
     recorder = Recorder(path, limits, tokens=tokens)
     simulation = Simulation(limits, rng.randint(1, 3), recorder)
     declare_public(simulation, numbers)
-    perform_random(simulation, rng, num_operations, SEARCH_REQUEST if searches else REQUEST)
+    requests = SEARCH_REQUEST if searches else REQUEST
+    weights = WEIGHTS_OF_EXCHANGES if seed % 4 > 1 else WEIGHTS
+    perform_random(simulation, rng, num_operations, requests, weights)
     recorder.close()
     if recorder._pseudonyms:
         # A public prefix is remembered, as a failure may make it run again.

@@ -376,6 +376,7 @@ class FailingLaunch:
     """A step that fails on the device."""
 
     launched: Launched
+    masks: None = None
 
     @property
     def plan(self) -> StepPlan:
@@ -509,7 +510,7 @@ def test_a_log_that_can_not_be_written_ends_and_the_engine_goes_on(
         engine_loop.submit(make_request(name, range(20), FOREVER // 2))
         assert listener.until_ended(name)[0].finish_reason is LENGTH
     engine_loop.close()
-    [message] = [r.getMessage() for r in caplog.records if r.name == "engine.runtime.loop"]
+    [message] = [r.getMessage() for r in caplog.records if r.name == "engine.runtime.recorder"]
     assert "the event log can't be written (No space left on device)" in message
 
 
@@ -611,3 +612,32 @@ def test_a_flush_counts_until_the_disk_has_done_its_part(
     on_disk.set_result(None)
     assert {done.result(10) for done in flushes} == {0}
     assert engine_loop.flush(None).result(10) == 0
+
+
+class NoWeights:
+    """Other weights for the fake runner, which has none."""
+
+    limits = dataclasses.replace(LIMITS, fingerprint="other")
+
+    def install(self, runner: Any, tiers: Any) -> None:
+        """There is nothing to exchange."""
+
+
+@pytest.mark.parametrize("end", ["answer", "failure", "abort"])
+def test_weights_are_exchanged_when_the_last_request_ends_though_nobody_comes_after_it(
+    runner: FakeRunner, running: tuple[EngineLoop, Listener], end: str
+) -> None:
+    engine_loop, listener = running
+    if end == "failure":
+        runner.fail_waits = {2}
+    runner.gate.clear()
+    engine_loop.submit(make_request("a", range(5), 5))
+    until(lambda: runner.events)
+    exchanged = engine_loop.reload(NoWeights())
+    if end == "abort":
+        engine_loop.abort("a")
+    runner.gate.set()
+    exchanged.result(60)
+    assert engine_loop.limits.fingerprint == "other"
+    listener.until_ended("a")
+    assert_idle(engine_loop)

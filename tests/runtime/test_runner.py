@@ -10,8 +10,8 @@ import pytest
 from engine.config import BucketConfig, SchedulerConfig
 from engine.core import batching
 from engine.core.limits import Limits
+from engine.model.prompt_logprobs import ROWS as PROMPT_LOGPROB_ROWS
 from engine.runtime import compiles
-from engine.runtime.step import PROMPT_LOGPROB_ROWS
 from engine.sampling import MAX_LOGPROBS
 from engine.types import StepPlan
 from tests.engines import Result, SmallEngine, make_request, small_engine

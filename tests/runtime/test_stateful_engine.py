@@ -1,10 +1,10 @@
 """A real engine under anything that may happen to it, each request preempted: as if undisturbed.
 
-Hypothesis submits plain, sampled, forked and searching requests of several tenants to a step loop
-over the tiny model, with a pool of little more than one sequence, a host tier and a disk below.
-Each is preempted in the middle, and blocks expire, are flushed, fail with their step, and outlive
-the engine. In float32 every answer must be, token for token, that of the request alone in a large
-pool.
+Hypothesis submits plain, sampled, constrained, forked and searching requests of several tenants to
+a step loop over the tiny model, with a pool of little more than one sequence, a host tier and a
+disk below. Each is preempted in the middle, and blocks expire, are flushed, fail with their step,
+and outlive the engine. In float32 every answer must be, token for token, that of the request alone
+in a large pool.
 `OCTAVO_FUZZ_EXAMPLES` (`make fuzz`) makes it long.
 """
 
@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import tempfile
 import threading
 import time
@@ -37,22 +38,26 @@ from engine.config import BucketConfig, SchedulerConfig
 from engine.core.scheduler import SchedulerState
 from engine.runtime.disk_tier import DiskTier
 from engine.runtime.loop import EngineLoop, EngineStopped
+from engine.sampling import Constraint
+from engine.text import Grammars, Tokenizer
 from engine.types import Domain, FinishReason, Fork, Request
 from tests.engines import Result, SmallEngine, make_request, small_engine
 from tests.runtime.fake_runner import Listener
 from tests.runtime.test_tiers import MAX_BYTES, layout_of
-from tests.runtime.tiny import random_ids
+from tests.runtime.tiny import EOS, VOCAB_SIZE, random_ids
 
 FUZZ_EXAMPLES = int(os.environ.get("OCTAVO_FUZZ_EXAMPLES", "0"))
 EXAMPLES = FUZZ_EXAMPLES // 20 or 50
 ALICE, BOB = Domain("alice"), Domain("bob")
 TIME_TO_LIVE = 50  # milliseconds, for what bob leaves
+REGEX = "([a-f]{3}[0-9]{4} )+"  # it may end after eight tokens
 KINDS: dict[str, dict[str, Any]] = {
     "greedy": {},
     "sampled": {"temperature": 0.8, "top_p": 0.95},
     "penalised": {"temperature": 0.7, "repetition_penalty": 1.3, "frequency_penalty": 0.2},
     "forked": {"temperature": 1.0, "n": 3},
     "searching": {"beam_width": 3, "n": 2},
+    "constrained": {"temperature": 1.5, "n": 2, "constraint": Constraint("regex", REGEX)},
 }
 PUBLIC = random_ids(32, seed=77)
 
@@ -152,6 +157,7 @@ class EngineMachine(RuleBasedStateMachine):
     """One folder, and one engine after the other on it."""
 
     engine: SmallEngine
+    grammars: Grammars
     alone: dict[Request, dict[str, Result]]
     counts: Counter[str]
 
@@ -207,6 +213,7 @@ class EngineMachine(RuleBasedStateMachine):
         name = f"r{self.number}"
         self.number += 1
         fields = KINDS[kind]
+        ends = {"stop_ids": frozenset({EOS})} if kind == "constrained" else {"ignore_eos": True}
         num_forks = max(fields.get("n", 1), fields.get("beam_width", 1)) - 1
         request = make_request(
             name,
@@ -217,10 +224,11 @@ class EngineMachine(RuleBasedStateMachine):
             cache_ttl=TIME_TO_LIVE if whose == BOB else 0,
             is_private=is_private,
             forks=tuple(Fork(f"{name}/{index}", own + index) for index in range(1, num_forks + 1)),
-            ignore_eos=True,
+            **ends,
             **fields,
         )
         self.asked[name] = request
+        request = self.with_matchers(request)
         if self.life.fails.is_set():
             self.unsure.add(name)
         self.life.preempt_at[name] = preempt_at
@@ -294,12 +302,16 @@ class EngineMachine(RuleBasedStateMachine):
                 assert found.token_ids == right.token_ids[: None if ended else length], reply
                 if ended:
                     assert found.finish_reason == right.finish_reason
+                    if request.sampling.constraint is not None and found.token_ids[-1] == EOS:
+                        assert re.fullmatch(REGEX, bytes(found.token_ids[:-1]).decode())
+                        self.counts["ended by their grammar"] += 1
                     assert name in self.life.preempted or name in self.unsure, f"{name} ran through"
             if not request.is_private and request.domain == ALICE:
                 self.said.append(request.prompt_ids + results[name].token_ids)
             self.counts["compared"] += 1
         num_public = len(PUBLIC) // 16 if self.public else 0  # pinned, or being computed again
         assert self.life.loop.gauges[2].owned <= num_public
+        assert self.life.loop._constraints._matchers == {}
         self.asked, self.unsure = {}, set()
 
     def expected(self, request: Request) -> dict[str, Result]:
@@ -313,8 +325,16 @@ class EngineMachine(RuleBasedStateMachine):
         )
         if alone not in self.alone:
             self.engine.runner.reset()
-            self.alone[alone] = self.engine.run([alone])
+            self.alone[alone] = self.engine.run([self.with_matchers(alone)])
         return self.alone[alone]
+
+    def with_matchers(self, request: Request) -> Request:
+        """With new ones, if it is constrained: a loop uses them up."""
+        constraint = request.sampling.constraint
+        if constraint is None:
+            return request
+        matchers = self.grammars.matchers(constraint, Domain("tenant"), len(request.names))
+        return dataclasses.replace(request, matchers=matchers)
 
     def teardown(self) -> None:
         """Compare what is left."""
@@ -328,9 +348,13 @@ class EngineMachine(RuleBasedStateMachine):
             self.folder.cleanup()
 
 
-def test_whatever_happens_each_answer_is_that_of_the_request_alone(engine: SmallEngine) -> None:
+def test_whatever_happens_each_answer_is_that_of_the_request_alone(
+    engine: SmallEngine, tiny_model: Path
+) -> None:
     counts: Counter[str] = Counter()
-    kept = {"engine": engine, "alone": {}, "counts": counts}
+    tokenizer = Tokenizer.from_folder(tiny_model)
+    grammars = Grammars(tokenizer, VOCAB_SIZE, (EOS,))
+    kept = {"engine": engine, "grammars": grammars, "alone": {}, "counts": counts}
     machine = type("Machine", (EngineMachine,), kept)
     launch = engine.runner.launch
     try:
@@ -347,9 +371,11 @@ def test_whatever_happens_each_answer_is_that_of_the_request_alone(engine: Small
         )
     finally:
         engine.runner.launch = launch  # type: ignore[method-assign]
+        grammars.close()
     for event, count in sorted(counts.items()):
         print(f"{count:>8,} {event}")
-    for event in (*KINDS, "preempted", "swapped in", "swapped out", "copied", "from disk"):
+    kinds = (*KINDS, "ended by their grammar")
+    for event in (*kinds, "preempted", "swapped in", "swapped out", "copied", "from disk"):
         assert counts[event] >= 3, f"came up {counts[event]} times only: {event}"
     assert counts["failed steps"]
     assert counts["restarts"]

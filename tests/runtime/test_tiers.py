@@ -407,6 +407,33 @@ def test_what_went_out_with_a_step_before_a_flush_is_not_written_after_it(
     assert disk.close(30)
 
 
+def test_a_flush_reaches_what_a_tier_of_old_weights_still_writes(
+    engine: SmallEngine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, may_write = tmp_path / "blocks", threading.Event()
+    old, new = (
+        DiskTier(folder, MAX_BYTES, layout_of(engine, fingerprint)) for fingerprint in ("a", "b")
+    )
+    write = old._folder.write
+    monkeypatch.setattr(old._folder, "write", lambda *args: may_write.wait(30) and write(*args))
+    own = tiers.Tiers(old, engine.runner.host, engine.limits, lambda: None, lambda: 0.0)
+    block = np.zeros(old.layout.shape, old.layout.dtype)
+    for domain in (ALICE, BOB):
+        assert old.put(bytes(32) + tiers.tag_of(domain), block)
+    own.exchange(engine.limits, new)
+    flushed = own.flush(ALICE, 1)
+    assert new.flush(30)  # whose part is done
+    assert not flushed.done()
+    may_write.set()
+    flushed.result(30)
+    assert old.close(30)
+    [left] = folder.glob("??/*.blk")
+    assert tiers.tag_of(BOB).hex() in left.name
+    own.flush(BOB, 2).result(30)  # though the old one is closed
+    assert not list(folder.glob("??/*.blk"))
+    assert new.close(30)
+
+
 def test_blocks_that_only_one_request_could_find_are_not_written(
     engine: SmallEngine, tmp_path: Path
 ) -> None:

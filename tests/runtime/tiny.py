@@ -109,6 +109,11 @@ def write_model(folder: Path) -> Path:
         "bos_token_id": BOS,
     }
     write_folder(folder, config, _hugging_face_tensors())
+    return write_tokenizer(folder)
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """The byte tokenizer alone."""
     # The byte-level alphabet, in the order of the bytes that it stands for.
     alphabet = pre_tokenizers.ByteLevel.alphabet()
     others = iter(sorted(character for character in alphabet if ord(character) > 255))

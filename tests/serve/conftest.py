@@ -7,8 +7,8 @@ from collections.abc import AsyncIterator
 import pytest
 
 from engine.client import AsyncClient
-from engine.config import ServerConfig
 from engine.serve.server import Server
+from engine.server_config import ServerConfig
 from tests.serve.fake_engine import FakeEngine
 
 
@@ -19,7 +19,7 @@ def fake() -> FakeEngine:
 
 @pytest.fixture
 async def server(fake: FakeEngine) -> AsyncIterator[Server]:
-    server = Server(ServerConfig(port=0, public_stats=True), grace=0.05)
+    server = Server(ServerConfig(port=0, public_stats=True, grace=0.05))
     await server.start()
     await server.set_engine(fake)
     yield server

@@ -13,9 +13,13 @@ from collections import Counter
 from collections.abc import AsyncGenerator, AsyncIterator
 from typing import Any
 
-from engine.config import Architecture
+from engine.config import Architecture, CacheConfig, Config, ModelConfig
 from engine.domain_usage import DomainUsage
 from engine.frontend import Delta, Engine, EngineStats, ModelInfo, Prompt, Usage
+from engine.life import Life
+from engine.observe.histogram import Buckets
+from engine.observe.requests import RequestFigures
+from engine.runtime.kv_events import KvEvents
 from engine.sampling import SamplingParams
 from engine.types import Domain, FinishReason, TokenLogprobs
 
@@ -23,7 +27,26 @@ VOCAB_SIZE = 258
 BOS, EOS = 256, 257
 
 
+class FakeTokenBytes:
+    strips_leading_space = False
+
+    def __getitem__(self, token: int) -> bytes:
+        return {BOS: b"<bos>", EOS: b"<eos>"}.get(token) or bytes([token])
+
+
 class FakeTokenizer:
+    token_bytes = FakeTokenBytes()
+    special_ids = frozenset((BOS, EOS))
+    special_tokens = {"bos": "<bos>", "eos": "<eos>"}  # noqa: RUF012
+    bos_token_id, eos_token_id, pad_token_id = BOS, EOS, None
+    chat_template = "{{ messages }}"
+
+    def id_to_token(self, token: int) -> str:
+        return self.token_bytes[token].decode()
+
+    def to_json(self) -> str:
+        return '{"model": "bytes"}'
+
     def encode(self, text: str, add_special_tokens: bool = True) -> list[int]:
         return [BOS] * add_special_tokens + list(text.encode())
 
@@ -47,6 +70,33 @@ class Call:
     share_prefix: bool
     priority: int
     timeout: float | None
+    with_text: bool = True
+
+
+class FakeLife(Life):
+    """A life as tests want it.
+
+    Attributes:
+      is_lost: as `Life.is_lost`.
+      trouble: as `Life.trouble`.
+      limits: what `watch` was told.
+    """
+
+    is_lost = False
+    trouble: str | None = None
+    is_paused = False
+
+    def __init__(self) -> None:
+        self.limits: dict[str, float] = {}
+
+    def watch(self, **limits: float) -> None:
+        self.limits = limits
+
+    async def pause(self) -> None:
+        self.is_paused = True
+
+    async def resume(self) -> None:
+        self.is_paused = False
 
 
 class FakeEngine(Engine):
@@ -60,11 +110,16 @@ class FakeEngine(Engine):
       ending, stop_reason: how every answer ends, if set.
       padding: added to the text of every delta.
       yielded: deltas given so far.
+      life: pauses, and whether it is well.
+      reloading: what `reload` raises or returns, once `exchanging` is set.
       flushed: whose flushes began; they end only while `flushing` is set.
+      kv_events: what its cache holds, which tests say.
     """
 
     def __init__(self) -> None:
         self.tokenizer: Any = FakeTokenizer()
+        self.config = Config(model=ModelConfig(source="none"), cache=CacheConfig(num_blocks=8))
+        self.kv_events: KvEvents | None = None
         self.calls: list[Call] = []
         self.running: dict[str, asyncio.Event] = {}
         self.finished: Counter[str] = Counter()
@@ -74,9 +129,14 @@ class FakeEngine(Engine):
         self.padding = ""
         self.yielded = 0
         self.is_closed = False
+        self.life = FakeLife()
+        self.reloading: Exception | bool = True
+        self.exchanging = asyncio.Event()
+        self.exchanging.set()
         self.flushed: list[Domain | None] = []
         self.flushing = asyncio.Event()
         self.flushing.set()
+        self.requests = RequestFigures()
 
     async def generate(
         self,
@@ -88,21 +148,25 @@ class FakeEngine(Engine):
         share_prefix: bool = True,
         priority: int = 0,
         timeout: float | None = None,
+        with_text: bool = True,
     ) -> AsyncGenerator[Delta]:
         assert request_id is not None
         assert sampling is not None
         self.calls.append(
-            Call(prompt, sampling, request_id, domain, share_prefix, priority, timeout)
+            Call(prompt, sampling, request_id, domain, share_prefix, priority, timeout, with_text)
         )
         if self.error is not None:
             raise self.error
         ids = self._encode(prompt)
+        self._count(domain, len(ids))
         forever = "forever" in self.tokenizer.decode(ids)
         limit = sampling.max_tokens or (2**31 if forever else len(ids))
         aborted = self.running[request_id] = asyncio.Event()
         try:
-            for count in range(1, limit + 1):
-                await asyncio.sleep(0.001)
+            for number in range(limit * sampling.n):
+                count, index = number // sampling.n + 1, number % sampling.n
+                if index == 0:
+                    await asyncio.sleep(0.001)
                 token = ids[(count - 1) % len(ids)]
                 reason = None
                 if aborted.is_set():
@@ -110,9 +174,10 @@ class FakeEngine(Engine):
                 elif count == limit:
                     reason = self.ending or FinishReason.LENGTH
                 self.yielded += 1
-                wants = sampling.prompt_logprobs is not None and count == 1
+                self._count(domain, 1)
+                wants = sampling.prompt_logprobs is not None and number == 0
                 yield Delta(
-                    index=0,
+                    index=index,
                     text=self.tokenizer.decode([token]) + self.padding,
                     token_ids=(token,),
                     logprobs=(_logprobs(token),) if sampling.logprobs is not None else (),
@@ -123,12 +188,17 @@ class FakeEngine(Engine):
                 )
                 if reason is not None:
                     self.finished[str(reason)] += 1
-                    return
+                    if index == sampling.n - 1:
+                        return
         except (GeneratorExit, asyncio.CancelledError):
             self.finished["closed"] += 1
             raise
         finally:
             del self.running[request_id]
+
+    def _count(self, domain: Domain | None, tokens: int) -> None:
+        assert domain is not None
+        self.requests.on_tokens(domain.tenant, tokens)
 
     def _encode(self, prompt: Any) -> list[int]:
         if isinstance(prompt, str):
@@ -180,6 +250,9 @@ class FakeEngine(Engine):
         fields = dataclasses.fields(EngineStats)
         values: dict[str, Any] = {field.name: number for number, field in enumerate(fields, 1)}
         values |= {"finished": dict(self.finished), "held_steps": {"blocks": 3, "slots": 5}}
+        for number, field in enumerate(fields, 1):
+            if field.type == "Buckets":
+                values[field.name] = Buckets((0.5, 1.0), (number, number + 1, 0), number / 2)
         return EngineStats(**values)
 
     async def flush(self, domain: Domain | None) -> int:
@@ -188,6 +261,15 @@ class FakeEngine(Engine):
             raise self.error
         await self.flushing.wait()
         return 7
+
+    async def reload(self) -> bool:
+        await self.exchanging.wait()
+        if isinstance(self.reloading, Exception):
+            raise self.reloading
+        return self.reloading
+
+    def abandon(self) -> None:
+        """Streams of this engine end by themselves when they are aborted."""
 
     def close(self) -> None:
         self.is_closed = True

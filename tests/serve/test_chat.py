@@ -12,10 +12,11 @@ from collections.abc import Iterator
 import pytest
 
 from engine.chat import chat
-from engine.config import ServerConfig
 from engine.sampling import InvalidRequest, SamplingParams
 from engine.serve import convert
-from engine.serve.server import Server, background_loop
+from engine.serve.run import background_loop
+from engine.serve.server import Server
+from engine.server_config import ServerConfig
 from engine.types import FinishReason
 from tests.conftest import ROOT
 from tests.serve.fake_engine import FakeEngine, until_true
@@ -24,7 +25,7 @@ from tests.serve.fake_engine import FakeEngine, until_true
 @pytest.fixture
 def address(fake: FakeEngine) -> Iterator[str]:
     """A server in a thread, as `chat` runs a loop of its own in this one."""
-    server = Server(ServerConfig(port=0), grace=0.05)
+    server = Server(ServerConfig(port=0, grace=0.05))
     with background_loop() as run:
         run(server.start())
         run(server.set_engine(fake))
@@ -50,7 +51,7 @@ def test_a_server_that_is_not_there_is_one_clear_line(capsys: pytest.CaptureFixt
     for message in ("hi", None):
         assert chat("127.0.0.1:1", message) == 1
         captured = capsys.readouterr()
-        assert captured.err.startswith("octavo: no Octavo server answers at 127.0.0.1:1 (")
+        assert captured.err.startswith("octavo: no Octavo server answers at 127.0.0.1:1: ")
         assert captured.err.count("\n") == 1
         assert not captured.out
 
@@ -162,7 +163,7 @@ def test_no_words_of_the_server_steer_the_terminal(
     assert capsys.readouterr().out == f"user:{expected}\n\n"
     fake.error = InvalidRequest("prompt", ESCAPES)
     assert chat(address, "hi") == 1
-    assert capsys.readouterr().err == f"octavo: prompt: {expected}\n"
+    assert capsys.readouterr().err == f"octavo: messages: {expected}\n"
 
 
 def test_an_end_that_this_client_does_not_know_is_an_error_of_one_turn(

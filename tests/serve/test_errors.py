@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import asyncio
+import contextlib
 import logging
 from typing import Any
 
@@ -10,13 +12,13 @@ import pytest
 from google.rpc import error_details_pb2, status_pb2
 
 from engine.client import AsyncClient, ServiceError
-from engine.config import ServerConfig
 from engine.frontend import EngineStopped
 from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.rpc.octavo.v1 import generation_pb2_grpc
 from engine.sampling import InvalidRequest
-from engine.serve import convert
+from engine.serve import bounds, convert, errors
 from engine.serve.server import Server
+from engine.server_config import ServerConfig
 from engine.types import FinishReason, QueueFull
 from tests.serve.fake_engine import VOCAB_SIZE, FakeEngine, until
 
@@ -46,7 +48,7 @@ def sampled(**fields: Any) -> pb.GenerateRequest:
         (pb.GenerateRequest(messages=pb.ChatMessages()), "messages: is empty"),
         (
             pb.GenerateRequest(messages=pb.ChatMessages(messages=[pb.ChatMessage(content="x")])),
-            "messages[0].role: is empty",
+            "messages.messages[0].role: is empty",
         ),
         (pb.GenerateRequest(text="hello", request_id=""), "request_id: '' must be 1 to 128"),
         (pb.GenerateRequest(text="hello", request_id="a\nb"), r"request_id: 'a\nb' must be"),
@@ -119,7 +121,7 @@ def test_a_list_is_counted_before_it_is_copied(
 
 def test_every_list_of_the_sampling_parameters_has_a_limit() -> None:
     fields = pb.SamplingParams.DESCRIPTOR.fields
-    assert {field.name for field in fields if field.is_repeated} == convert._MAX_ENTRIES.keys()
+    assert {field.name for field in fields if field.is_repeated} == bounds.MAX_ENTRIES.keys()
 
 
 async def test_field_violations_carry_the_path_in_the_message(server: Server) -> None:
@@ -147,9 +149,35 @@ async def test_what_the_engine_refuses_reaches_the_client_with_its_field(
     with pytest.raises(ServiceError, match="takes at most 255") as raised:
         await anext(client.generate("hello"))
     assert raised.value.code is INVALID
-    assert raised.value.violations == (
-        ("prompt", "has 900 tokens, but the model takes at most 255"),
-    )
+    assert raised.value.violations == (("text", "has 900 tokens, but the model takes at most 255"),)
+
+
+@pytest.mark.parametrize("text", ["a", "%", "é", "字", "\U0001f600"])
+async def test_a_long_message_is_cut_to_what_clients_take(
+    text: str, client: AsyncClient, fake: FakeEngine
+) -> None:
+    fake.error = InvalidRequest("constraint", text * 2000)
+    with pytest.raises(ServiceError, match=f"constraint: {text}") as raised:
+        await anext(client.generate("hello"))
+    assert raised.value.code is INVALID
+    assert raised.value.violations[0][1].startswith(text * 200)  # as many of any text
+
+
+async def test_what_a_client_was_not_told_is_not_in_the_log(
+    caplog: pytest.LogCaptureFixture, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Deaf:
+        def trailing_metadata(self) -> None: ...
+
+        async def abort(self, *_: Any, **given: Any) -> None:
+            await asyncio.Event().wait()
+
+    monkeypatch.setattr(errors, "_GOODBYE_SECONDS", 0.01)
+    context: Any = Deaf()
+    with pytest.raises(grpc.aio.AbortError):
+        await errors.abort_with(context, InvalidRequest("messages", "say the secret"))
+    assert "was not told that its call is INVALID_ARGUMENT" in caplog.text
+    assert "secret" not in caplog.text
 
 
 async def test_token_ids_are_called_what_the_message_calls_them(
@@ -212,6 +240,12 @@ async def test_an_unexpected_exception_is_logged_and_not_shown_to_clients(
         await anext(client.generate("private prompt"))
     assert raised.value.code is grpc.StatusCode.INTERNAL
     assert raised.value.details == "the server failed; its log says why"
+    assert "RuntimeError" in caplog.text
+    assert "fake_engine.py" in caplog.text  # where it came from
+    # What it says may quote the prompt, so it is for who asks for everything.
+    assert "secret detail" not in caplog.text
+    with caplog.at_level(logging.DEBUG), pytest.raises(ServiceError):
+        await anext(client.generate("private prompt"))
     assert "secret detail" in caplog.text
     assert "private prompt" not in caplog.text
 
@@ -274,7 +308,7 @@ async def test_abort_needs_a_name(client: AsyncClient) -> None:
 async def test_a_message_above_the_limit_is_refused_and_one_below_is_served(
     fake: FakeEngine,
 ) -> None:
-    server = Server(ServerConfig(port=0, max_message=1000), grace=0.05)
+    server = Server(ServerConfig(port=0, max_message=1000, grace=0.05))
     await server.start()
     await server.set_engine(fake)
     async with AsyncClient(server.address) as client:
@@ -294,3 +328,29 @@ async def test_a_server_that_is_not_there_is_named_with_the_way_out() -> None:
         assert error.value.code is grpc.StatusCode.UNAVAILABLE
         assert "octavo serve" in error.value.details
         assert not await client.is_ready()
+
+
+async def test_an_answer_that_breaks_off_is_no_server_that_is_not_there(server: Server) -> None:
+    host, port = server.address.rsplit(":", 1)
+    sides: list[asyncio.StreamWriter] = []
+
+    async def copy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        sides.append(writer)
+        with contextlib.suppress(ConnectionError):
+            while data := await reader.read(2**16):
+                writer.write(data)
+
+    async def proxy(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
+        there = await asyncio.open_connection(host, int(port))
+        await asyncio.gather(copy(reader, there[1]), copy(there[0], writer))
+
+    listener = await asyncio.start_server(proxy, "127.0.0.1", 0)
+    address = f"127.0.0.1:{listener.sockets[0].getsockname()[1]}"
+    async with listener, AsyncClient(address) as client:
+        stream = client.generate("forever", max_tokens=None)
+        await anext(stream)
+        for side in sides:
+            side.transport.abort()
+        with pytest.raises(ServiceError, match=f"the connection to the server at {address} broke"):
+            async for _ in stream:
+                pass

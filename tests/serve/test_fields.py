@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, get_args
 
 import grpc
 import pytest
@@ -12,7 +12,7 @@ from google.protobuf.descriptor import FieldDescriptor
 from engine.client import AsyncClient, ServiceError
 from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.rpc.octavo.v1 import generation_pb2_grpc
-from engine.sampling import InvalidRequest, SamplingParams
+from engine.sampling import Constraint, ConstraintKind, InvalidRequest, SamplingParams
 from engine.serve import convert
 from engine.serve.server import Server
 from engine.text import Message
@@ -38,6 +38,9 @@ _BY_TYPE: dict[int, Any] = {
 
 def set_field(message: Any, field: FieldDescriptor) -> Any:
     """Set a field, and all fields below it, to what is not the default; gives plain values."""
+    if field.name == "constraint":  # one of several, see test_each_constraint_…
+        message.constraint.regex = "[a-z]+"
+        return Constraint("regex", "[a-z]+")
     if field.message_type is not None:
         child = getattr(message, field.name)
         child = child.add() if field.is_repeated else child
@@ -105,6 +108,50 @@ def test_zero_is_not_the_same_as_unset(field: FieldDescriptor) -> None:
         value = getattr(convert.sampling_from_proto(message, VOCAB_SIZE), field.name)
         assert value is not None
         assert value == 0
+
+
+EACH_CONSTRAINT = [
+    Constraint("json_schema", '{"type": "integer"}'),
+    Constraint("json_object"),
+    Constraint("regex", "[a-z]+"),
+    Constraint("lark", 'start: "a"'),
+    Constraint("ebnf", 'root ::= "a"'),
+    Constraint("structural_tag", "{}"),
+    Constraint("choice", choices=("yes", "no")),
+]
+
+
+@pytest.mark.parametrize("constraint", EACH_CONSTRAINT, ids=lambda each: each.kind)
+def test_each_constraint_survives_the_way_there_and_back(constraint: Constraint) -> None:
+    message = convert.sampling_to_proto(SamplingParams(constraint=constraint))
+    assert message.constraint.WhichOneof("kind") == constraint.kind
+    assert convert.sampling_from_proto(message, VOCAB_SIZE).constraint == constraint
+
+
+def test_the_message_has_each_kind_of_constraint() -> None:
+    kinds = {field.name for field in pb.Constraint.DESCRIPTOR.fields}
+    assert kinds == {constraint.kind for constraint in EACH_CONSTRAINT}
+    assert kinds == set(get_args(ConstraintKind))
+
+
+@pytest.mark.parametrize(
+    ("message", "field"),
+    [
+        (pb.Constraint(), "constraint"),
+        (pb.Constraint(regex=""), "constraint.text"),
+        (pb.Constraint(regex="a" * 131_073), "constraint"),
+        (pb.Constraint(choice=pb.Choices()), "constraint.choices"),
+        (pb.Constraint(choice=pb.Choices(choices=[""])), "constraint.choices"),
+        (pb.Constraint(choice=pb.Choices(choices=["a"] * 1025)), "constraint.choices"),
+    ],
+    ids=["none", "empty", "long", "no choice", "empty choice", "many choices"],
+)
+def test_a_constraint_that_says_nothing_or_too_much_is_refused(
+    message: pb.Constraint, field: str
+) -> None:
+    with pytest.raises(InvalidRequest) as caught:
+        convert.sampling_from_proto(pb.SamplingParams(constraint=message), VOCAB_SIZE)
+    assert caught.value.field == field
 
 
 async def test_unset_sampling_fields_take_the_engines_defaults(

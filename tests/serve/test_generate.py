@@ -14,11 +14,11 @@ import pytest
 
 from engine import frontend
 from engine.client import AsyncClient, Delta, ServiceError, _delta
-from engine.config import ServerConfig
 from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.sampling import SamplingParams
 from engine.serve import convert
 from engine.serve.server import Server
+from engine.server_config import ServerConfig
 from engine.types import FinishReason, Held, TokenLogprobs, Waited
 from tests.conftest import ROOT
 from tests.serve.fake_engine import FakeEngine, collect, until
@@ -253,7 +253,7 @@ async def test_a_client_killed_in_mid_stream_releases_its_stream_and_others_go_o
 
 
 async def test_one_stream_too_many_is_refused_with_a_hint_when_to_retry(fake: FakeEngine) -> None:
-    server = Server(ServerConfig(port=0, max_concurrent=1), grace=0.05)
+    server = Server(ServerConfig(port=0, max_concurrent=1, grace=0.05))
     await server.start()
     await server.set_engine(fake)
     async with AsyncClient(server.address) as client:
@@ -273,7 +273,7 @@ async def test_one_stream_too_many_is_refused_with_a_hint_when_to_retry(fake: Fa
 
 
 async def test_a_call_above_the_limit_is_refused_before_it_is_read(fake: FakeEngine) -> None:
-    server = Server(ServerConfig(port=0, max_concurrent=1), grace=0.05)
+    server = Server(ServerConfig(port=0, max_concurrent=1, grace=0.05))
     await server.start()
     await server.set_engine(fake)
     async with AsyncClient(server.address) as client:
@@ -308,7 +308,7 @@ async def test_calls_that_were_cancelled_count_until_their_threads_are_done(
     fake: FakeEngine,
 ) -> None:
     fake.tokenizer = slow = SlowTokenizer()
-    server = Server(ServerConfig(port=0, max_concurrent=2), grace=0.05)
+    server = Server(ServerConfig(port=0, max_concurrent=2, grace=0.05))
     await server.start()
     await server.set_engine(fake)
     try:
@@ -328,7 +328,7 @@ async def test_calls_that_were_cancelled_count_until_their_threads_are_done(
                     await asyncio.sleep(0.1)  # for the server to hear of it
             assert slow.num_begun == 2
             slow.release.set()
-            await until(lambda: server._service._num_calls == 0)
+            await until(lambda: server._calls.num_in_progress == 0)
             assert await client.tokenize("x") == (1,)
             assert await client.detokenize([1]) == "text"
     finally:

@@ -12,11 +12,11 @@ from typing import Any
 import pytest
 from starlette.types import Message
 
-from engine.config import ServerConfig
 from engine.core.picture import Frame, take_picture
 from engine.dashboard import page, viewers
-from engine.serve import http
-from engine.serve.server import AddressUnavailable, Server, page_address
+from engine.serve import watching
+from engine.serve.server import AddressUnavailable, Server, join
+from engine.server_config import ServerConfig, http_address
 from tests.core.driver import Driver, make_request
 from tests.dashboard.reader import Reader
 from tests.serve.fake_engine import FakeEngine, until
@@ -113,7 +113,7 @@ async def _quick(monkeypatch: pytest.MonkeyPatch) -> AsyncIterator[None]:
 
 @pytest.fixture
 async def server(engine: WatchedEngine) -> AsyncIterator[Server]:
-    server = Server(ServerConfig(port=0), grace=0.05, http=("127.0.0.1", 0))
+    server = Server(ServerConfig(port=0, grace=0.05, http="127.0.0.1:0"))
     await server.start()
     await server.set_engine(engine)
     yield server
@@ -187,9 +187,9 @@ async def test_a_viewer_that_leaves_is_forgotten_and_the_engine_left_alone(
 async def test_a_viewer_that_takes_nothing_holds_up_nobody_and_is_let_go(
     server: Server, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(http, "STALLED_S", 0.2)
-    watching = server._watching
-    assert watching is not None
+    monkeypatch.setattr(watching, "STALLED_S", 0.2)
+    shown = server._watching
+    assert shown is not None
     sent: list[Message] = []
 
     async def send(message: Message) -> None:
@@ -198,10 +198,25 @@ async def test_a_viewer_that_takes_nothing_holds_up_nobody_and_is_let_go(
             await asyncio.Event().wait()  # its buffers are full
 
     with pytest.raises(TimeoutError):
-        await watching.events(send)
+        await shown.events(send)
     assert len(sent) == 3  # the head, what the page is about, and one frame
     assert len(engine.pictures) > 3
-    assert watching._viewers.num_viewers == 0
+    assert shown._viewers.num_viewers == 0
+
+
+async def test_a_viewer_that_takes_nothing_loses_its_connection(
+    server: Server, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(watching, "STALLED_S", 0.1)
+    assert server._watching is not None
+    dropped = asyncio.Event()
+
+    async def never(*_: Any) -> Any:
+        await asyncio.Event().wait()
+
+    scope = {"type": "http", "state": {"abort_connection": dropped.set}}
+    await watching._Events(server._watching)(scope, never, never)
+    assert dropped.is_set()
 
 
 async def test_one_viewer_too_many_is_told_to_come_again(
@@ -219,7 +234,7 @@ async def test_one_viewer_too_many_is_told_to_come_again(
 
 
 async def test_while_the_model_loads_there_is_a_page_but_no_stream() -> None:
-    server = Server(ServerConfig(port=0), http=("127.0.0.1", 0))
+    server = Server(ServerConfig(port=0, http="127.0.0.1:0"))
     await server.start()
     try:
         assert (await request(server, "/")).status == 200
@@ -248,7 +263,7 @@ async def test_this_machine_by_its_own_names_is_served(server: Server, host: str
 
 
 async def test_the_server_stops_although_somebody_watches(engine: WatchedEngine) -> None:
-    server = Server(ServerConfig(port=0), grace=0.05, http=("127.0.0.1", 0))
+    server = Server(ServerConfig(port=0, grace=0.05, http="127.0.0.1:0"))
     await server.start()
     await server.set_engine(engine)
     reply = await request(server, "/events")
@@ -260,8 +275,8 @@ async def test_the_server_stops_although_somebody_watches(engine: WatchedEngine)
 
 async def test_a_busy_port_of_the_page_is_named() -> None:
     with socket.create_server(("127.0.0.1", 0)) as taken:
-        server = Server(ServerConfig(port=0), http=("127.0.0.1", taken.getsockname()[1]))
-        with pytest.raises(AddressUnavailable, match=r"can't show a page on http://127.*--http"):
+        server = Server(ServerConfig(port=0, http=join(*taken.getsockname())))
+        with pytest.raises(AddressUnavailable, match=r"can't serve HTTP on http://127.*--http"):
             await server.start()
         await server.stop()
 
@@ -280,21 +295,14 @@ async def test_a_server_without_a_page_opens_no_port_for_one() -> None:
         ("localhost:0", ("localhost", 0)),
         ("127.0.0.2:65535", ("127.0.0.2", 65535)),
         ("[::1]:8080", ("::1", 8080)),
+        ("0.0.0.0:80", ("0.0.0.0", 80)),
     ],
 )
-def test_addresses_on_this_machine_are_taken(text: str, address: tuple[str, int]) -> None:
-    assert page_address(text, public=False) == address
+def test_addresses_are_read(text: str, address: tuple[str, int]) -> None:
+    assert http_address(text) == address
 
 
 @pytest.mark.parametrize("text", ["", ":80", "host:", "80a", "65536", "::1:80", "-1", "²"])
 def test_what_is_no_address_is_refused(text: str) -> None:
     with pytest.raises(ValueError, match="--http is"):
-        page_address(text, public=True)
-
-
-@pytest.mark.parametrize("text", ["0.0.0.0:80", "[::]:80", "10.1.2.3:80", "example.org:80"])
-def test_an_address_that_others_reach_must_be_allowed(text: str) -> None:
-    with pytest.raises(ValueError, match=r"other machines reach.*--http-public"):
-        page_address(text, public=False)
-    host, port = page_address(text, public=True)
-    assert (host, port) == (text.rpartition(":")[0].strip("[]"), 80)
+        http_address(text)

@@ -22,13 +22,14 @@ from tests.serve.fake_engine import collect
 SERVE = """
 import sys
 from engine.config_file import load
-from engine.serve.server import run_server
+from engine.serve.run import run_server
 sys.exit(run_server(load(sys.argv[1], sys.argv[2:])))
 """
 # Few and small shapes: this is about the service, and compiling takes most of the time.
 OVERRIDES = (
     "server.port=0",
     "server.public_stats=true",
+    "server.grace=2",
     "model.max_model_len=512",
     "cache.memory=null",
     "cache.num_blocks=128",

@@ -17,12 +17,15 @@ from grpc_reflection.v1alpha import reflection_pb2, reflection_pb2_grpc
 
 from engine import __version__
 from engine.client import AsyncClient, Delta, ServiceError
-from engine.config import ConfigError, ServerConfig
+from engine.config import ConfigError
 from engine.config_file import from_tree
 from engine.domain_usage import DomainUsage
 from engine.frontend import EngineStats
+from engine.observe.histogram import Buckets
 from engine.rpc.octavo.v1 import generation_pb2 as pb
-from engine.serve.server import AddressUnavailable, Server, run_server, serve
+from engine.serve.run import run_server, serve
+from engine.serve.server import AddressUnavailable, Server
+from engine.server_config import ServerConfig
 from engine.types import Domain, FinishReason, QueueFull
 from tests.conftest import ROOT
 from tests.serve.fake_engine import FakeEngine, collect, until
@@ -66,6 +69,8 @@ async def test_reflection_lists_the_services_and_describes_ours(server: Server) 
         "grpc.health.v1.Health",
         "grpc.reflection.v1alpha.ServerReflection",
         "octavo.v1.Generation",
+        "octavo.v1.Operations",
+        "vllm.grpc.engine.VllmEngine",
     }
     files = described.file_descriptor_response.file_descriptor_proto
     assert pb.DESCRIPTOR.serialized_pb in files
@@ -83,6 +88,10 @@ async def test_the_model_is_described(client: AsyncClient, fake: FakeEngine) -> 
         assert given == getattr(expected.architecture, field.name)
 
 
+def _buckets(message: pb.Histogram) -> Buckets:
+    return Buckets(tuple(message.bounds), tuple(message.counts), message.sum)
+
+
 async def test_every_figure_of_the_engine_is_in_the_stats(
     client: AsyncClient, fake: FakeEngine
 ) -> None:
@@ -91,12 +100,13 @@ async def test_every_figure_of_the_engine_is_in_the_stats(
     names = {field.name for field in dataclasses.fields(EngineStats)}
     assert {field.name for field in pb.GetStatsResponse.DESCRIPTOR.fields} == names
     for name in names - {"finished"}:
-        assert getattr(stats, name) == getattr(expected, name)
+        given, value = getattr(stats, name), getattr(expected, name)
+        assert (given if not isinstance(value, Buckets) else _buckets(given)) == value
     assert dict(stats.finished) == {"length": 1}
 
 
 async def test_stats_of_all_callers_are_for_the_operator(fake: FakeEngine) -> None:
-    server = Server(ServerConfig(port=0), grace=0.05)
+    server = Server(ServerConfig(port=0, grace=0.05))
     await server.start()
     await server.set_engine(fake)
     try:
@@ -136,14 +146,14 @@ def test_a_server_without_isolation_is_for_loopback_only(host: str) -> None:
 def test_a_server_refuses_what_is_said_of_tenants_that_nobody_can_be() -> None:
     cache = {"num_blocks": 1, "tenant_time_to_live": {"default": 5, "clinic": 60}}
     config = from_tree({"model": {"source": "nowhere"}, "cache": cache})
-    with pytest.raises(ConfigError, match=r"names 'clinic', .*Set cache\.time_to_live"):
+    with pytest.raises(ConfigError, match=r"names 'clinic', .*or set cache\.time_to_live"):
         run_server(config)
 
 
 def test_a_server_without_isolation_says_so_loudly(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("engine.serve.server.serve", lambda config, load, **options: 0)
+    monkeypatch.setattr("engine.serve.run.serve", lambda *given: 0)
     for isolation, is_told in (("domain", False), ("none", True)):
         cache = {"num_blocks": 1, "isolation": isolation}
         config = from_tree({"model": {"source": "nowhere"}, "cache": cache})
@@ -173,9 +183,11 @@ def test_a_busy_port_ends_the_command_before_it_loads_a_model(
 
 async def test_a_host_that_is_not_there_is_named() -> None:
     with pytest.raises(AddressUnavailable, match=r"no-such-host.invalid' can't be resolved"):
-        await Server(ServerConfig(host="no-such-host.invalid", port=0)).start()
+        await Server(
+            ServerConfig(host="no-such-host.invalid", port=0, allow_anonymous=True)
+        ).start()
     with pytest.raises(AddressUnavailable, match=r"192.0.2.1:0: Cannot assign"):  # RFC 5737
-        await Server(ServerConfig(host="192.0.2.1", port=0)).start()
+        await Server(ServerConfig(host="192.0.2.1", port=0, allow_anonymous=True)).start()
 
 
 def test_an_engine_that_fails_to_load_ends_the_command_with_its_error() -> None:
@@ -187,7 +199,7 @@ def test_an_engine_that_fails_to_load_ends_the_command_with_its_error() -> None:
 
 
 async def test_stopping_lets_streams_end_by_themselves(fake: FakeEngine) -> None:
-    server = Server(ServerConfig(port=0), grace=60.0)
+    server = Server(ServerConfig(port=0, grace=60.0))
     await server.start()
     await server.set_engine(fake)
     async with AsyncClient(server.address) as client:
@@ -203,7 +215,7 @@ async def test_stopping_lets_streams_end_by_themselves(fake: FakeEngine) -> None
 async def test_stopping_aborts_streams_after_the_grace_and_refuses_new_ones(
     fake: FakeEngine,
 ) -> None:
-    server = Server(ServerConfig(port=0), grace=0.3)
+    server = Server(ServerConfig(port=0, grace=0.3))
     await server.start()
     await server.set_engine(fake)
     async with AsyncClient(server.address) as client:
@@ -224,8 +236,8 @@ async def test_stopping_aborts_streams_after_the_grace_and_refuses_new_ones(
 
 SERVE_ECHO = """
 import sys
-from engine.config import ServerConfig
-from engine.serve.server import serve
+from engine.server_config import ServerConfig
+from engine.serve.run import serve
 from tests.conftest import ROOT
 from tests.serve.fake_engine import FakeEngine
 
@@ -233,7 +245,7 @@ class Engine(FakeEngine):
     def close(self):
         print("closed", dict(self.finished), "running", len(self.running), flush=True)
 
-sys.exit(serve(ServerConfig(port=0), Engine, grace=0.05))
+sys.exit(serve(ServerConfig(port=0, grace=0.05), Engine))
 """
 
 
@@ -302,7 +314,7 @@ async def test_clients_are_told_a_reachable_address_and_a_public_one_is_worth_a_
     fake: FakeEngine,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    server = Server(ServerConfig(host=host, port=0), grace=0.05)
+    server = Server(ServerConfig(host=host, port=0, allow_anonymous=True, grace=0.05))
     await server.start()
     await server.set_engine(fake)
     assert ("has no authentication" in caplog.text) == is_public
@@ -323,7 +335,7 @@ async def test_a_flush_is_of_the_callers_own_domain(client: AsyncClient, fake: F
 async def test_flushes_that_were_cancelled_count_until_they_are_done(fake: FakeEngine) -> None:
     """Files that are being removed can't be left there: who calls and cancels piles up no work."""
     fake.flushing.clear()
-    server = Server(ServerConfig(port=0, max_concurrent=2), grace=0.05)
+    server = Server(ServerConfig(port=0, max_concurrent=2, grace=0.05))
     await server.start()
     await server.set_engine(fake)
     try:
@@ -340,7 +352,7 @@ async def test_flushes_that_were_cancelled_count_until_they_are_done(fake: FakeE
             assert refused.value.code is grpc.StatusCode.RESOURCE_EXHAUSTED
             assert len(fake.flushed) == 2
             fake.flushing.set()
-            await until(lambda: server._service._num_calls == 0)
+            await until(lambda: server._calls.num_in_progress == 0)
             assert await client.flush() == 7
     finally:
         fake.flushing.set()

@@ -8,6 +8,7 @@ from engine.core import (
 from engine.core.block_keys import child_key, root_key
 from engine.core.block_pool import BlockPool
 from engine.core.core import Core
+from engine.core.journal import Journal
 from engine.core.sequences import Sequence, WaitingQueue
 from engine.types import Domain
 from tests.core.mutants.registry import NOTHING, Patch, mutant, rewrite
@@ -159,3 +160,23 @@ def a_copied_sequence_shares_its_tokens(patch: Patch) -> None:
         return other
 
     patch.setattr(Sequence, "copy", copy)
+
+
+@mutant
+def the_journal_misses_what_is_removed(patch: Patch) -> None:
+    patch.setattr(Journal, "remove", lambda self, key: None)
+
+
+@mutant
+def the_journal_misses_that_all_is_lost(patch: Patch) -> None:
+    patch.setattr(Journal, "clear", lambda self: None)
+
+
+@mutant
+def the_journal_has_what_found_no_name(patch: Patch) -> None:
+    rewrite(patch, Journal, "add_stored", "if key in self._named", "if True")
+
+
+@mutant
+def the_journal_takes_a_block_for_its_own_parent(patch: Patch) -> None:
+    rewrite(patch, Journal, "add_stored", "seq.keys[index - 1] if index", "key if index")

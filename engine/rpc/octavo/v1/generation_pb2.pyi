@@ -63,7 +63,7 @@ class ChatMessage(_message.Message):
     def __init__(self, role: _Optional[str] = ..., content: _Optional[str] = ...) -> None: ...
 
 class SamplingParams(_message.Message):
-    __slots__ = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids", "bad_words", "stop", "stop_token_ids", "ignore_eos", "seed", "logprobs", "prompt_logprobs", "skip_special_tokens", "n", "beam_width", "length_penalty", "early_stopping")
+    __slots__ = ("max_tokens", "min_tokens", "temperature", "top_k", "top_p", "min_p", "repetition_penalty", "presence_penalty", "frequency_penalty", "logit_bias", "allowed_token_ids", "bad_words", "stop", "stop_token_ids", "ignore_eos", "seed", "logprobs", "prompt_logprobs", "skip_special_tokens", "n", "beam_width", "length_penalty", "early_stopping", "constraint")
     MAX_TOKENS_FIELD_NUMBER: _ClassVar[int]
     MIN_TOKENS_FIELD_NUMBER: _ClassVar[int]
     TEMPERATURE_FIELD_NUMBER: _ClassVar[int]
@@ -87,6 +87,7 @@ class SamplingParams(_message.Message):
     BEAM_WIDTH_FIELD_NUMBER: _ClassVar[int]
     LENGTH_PENALTY_FIELD_NUMBER: _ClassVar[int]
     EARLY_STOPPING_FIELD_NUMBER: _ClassVar[int]
+    CONSTRAINT_FIELD_NUMBER: _ClassVar[int]
     max_tokens: int
     min_tokens: int
     temperature: float
@@ -110,7 +111,36 @@ class SamplingParams(_message.Message):
     beam_width: int
     length_penalty: float
     early_stopping: bool
-    def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., allowed_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., bad_words: _Optional[_Iterable[str]] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., skip_special_tokens: bool = ..., n: _Optional[int] = ..., beam_width: _Optional[int] = ..., length_penalty: _Optional[float] = ..., early_stopping: bool = ...) -> None: ...
+    constraint: Constraint
+    def __init__(self, max_tokens: _Optional[int] = ..., min_tokens: _Optional[int] = ..., temperature: _Optional[float] = ..., top_k: _Optional[int] = ..., top_p: _Optional[float] = ..., min_p: _Optional[float] = ..., repetition_penalty: _Optional[float] = ..., presence_penalty: _Optional[float] = ..., frequency_penalty: _Optional[float] = ..., logit_bias: _Optional[_Iterable[_Union[LogitBias, _Mapping]]] = ..., allowed_token_ids: _Optional[_Union[TokenIds, _Mapping]] = ..., bad_words: _Optional[_Iterable[str]] = ..., stop: _Optional[_Iterable[str]] = ..., stop_token_ids: _Optional[_Iterable[int]] = ..., ignore_eos: bool = ..., seed: _Optional[int] = ..., logprobs: _Optional[int] = ..., prompt_logprobs: _Optional[int] = ..., skip_special_tokens: bool = ..., n: _Optional[int] = ..., beam_width: _Optional[int] = ..., length_penalty: _Optional[float] = ..., early_stopping: bool = ..., constraint: _Optional[_Union[Constraint, _Mapping]] = ...) -> None: ...
+
+class Constraint(_message.Message):
+    __slots__ = ("json_schema", "json_object", "regex", "lark", "ebnf", "choice", "structural_tag")
+    JSON_SCHEMA_FIELD_NUMBER: _ClassVar[int]
+    JSON_OBJECT_FIELD_NUMBER: _ClassVar[int]
+    REGEX_FIELD_NUMBER: _ClassVar[int]
+    LARK_FIELD_NUMBER: _ClassVar[int]
+    EBNF_FIELD_NUMBER: _ClassVar[int]
+    CHOICE_FIELD_NUMBER: _ClassVar[int]
+    STRUCTURAL_TAG_FIELD_NUMBER: _ClassVar[int]
+    json_schema: str
+    json_object: JsonObject
+    regex: str
+    lark: str
+    ebnf: str
+    choice: Choices
+    structural_tag: str
+    def __init__(self, json_schema: _Optional[str] = ..., json_object: _Optional[_Union[JsonObject, _Mapping]] = ..., regex: _Optional[str] = ..., lark: _Optional[str] = ..., ebnf: _Optional[str] = ..., choice: _Optional[_Union[Choices, _Mapping]] = ..., structural_tag: _Optional[str] = ...) -> None: ...
+
+class JsonObject(_message.Message):
+    __slots__ = ()
+    def __init__(self) -> None: ...
+
+class Choices(_message.Message):
+    __slots__ = ("choices",)
+    CHOICES_FIELD_NUMBER: _ClassVar[int]
+    choices: _containers.RepeatedScalarFieldContainer[str]
+    def __init__(self, choices: _Optional[_Iterable[str]] = ...) -> None: ...
 
 class LogitBias(_message.Message):
     __slots__ = ("token_id", "bias")
@@ -286,7 +316,7 @@ class GetStatsRequest(_message.Message):
     def __init__(self) -> None: ...
 
 class GetStatsResponse(_message.Message):
-    __slots__ = ("running", "waiting", "free_blocks", "cached_blocks", "owned_blocks", "total_blocks", "block_size", "steps", "prompt_tokens", "generated_tokens", "cached_prompt_tokens", "preemptions", "padded_tokens", "computed_tokens", "compiles_after_warmup", "finished", "failed_steps", "uptime_seconds", "copied_blocks", "swapped_out_blocks", "swapped_in_blocks", "held_steps", "pinned_blocks", "restored_blocks", "disk_read_bytes", "disk_written_blocks", "disk_written_bytes", "disk_dropped_blocks")
+    __slots__ = ("running", "waiting", "free_blocks", "cached_blocks", "owned_blocks", "total_blocks", "block_size", "steps", "prompt_tokens", "generated_tokens", "cached_prompt_tokens", "preemptions", "padded_tokens", "computed_tokens", "compiles_after_warmup", "finished", "failed_steps", "uptime_seconds", "copied_blocks", "swapped_out_blocks", "swapped_in_blocks", "held_steps", "pinned_blocks", "prefix_cache_queries", "prefix_cache_hits", "restored_blocks", "disk_read_bytes", "disk_written_blocks", "disk_written_bytes", "disk_dropped_blocks", "disk_bytes", "disk_queued_bytes", "host_blocks", "total_host_blocks", "time_to_first_token", "inter_token_latency", "queue_time", "mask_seconds")
     class FinishedEntry(_message.Message):
         __slots__ = ("key", "value")
         KEY_FIELD_NUMBER: _ClassVar[int]
@@ -324,11 +354,21 @@ class GetStatsResponse(_message.Message):
     SWAPPED_IN_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     HELD_STEPS_FIELD_NUMBER: _ClassVar[int]
     PINNED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_QUERIES_FIELD_NUMBER: _ClassVar[int]
+    PREFIX_CACHE_HITS_FIELD_NUMBER: _ClassVar[int]
     RESTORED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DISK_READ_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_WRITTEN_BLOCKS_FIELD_NUMBER: _ClassVar[int]
     DISK_WRITTEN_BYTES_FIELD_NUMBER: _ClassVar[int]
     DISK_DROPPED_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    DISK_BYTES_FIELD_NUMBER: _ClassVar[int]
+    DISK_QUEUED_BYTES_FIELD_NUMBER: _ClassVar[int]
+    HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TOTAL_HOST_BLOCKS_FIELD_NUMBER: _ClassVar[int]
+    TIME_TO_FIRST_TOKEN_FIELD_NUMBER: _ClassVar[int]
+    INTER_TOKEN_LATENCY_FIELD_NUMBER: _ClassVar[int]
+    QUEUE_TIME_FIELD_NUMBER: _ClassVar[int]
+    MASK_SECONDS_FIELD_NUMBER: _ClassVar[int]
     running: int
     waiting: int
     free_blocks: int
@@ -352,12 +392,32 @@ class GetStatsResponse(_message.Message):
     swapped_in_blocks: int
     held_steps: _containers.ScalarMap[str, int]
     pinned_blocks: int
+    prefix_cache_queries: int
+    prefix_cache_hits: int
     restored_blocks: int
     disk_read_bytes: int
     disk_written_blocks: int
     disk_written_bytes: int
     disk_dropped_blocks: int
-    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., padded_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., finished: _Optional[_Mapping[str, int]] = ..., failed_steps: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., copied_blocks: _Optional[int] = ..., swapped_out_blocks: _Optional[int] = ..., swapped_in_blocks: _Optional[int] = ..., held_steps: _Optional[_Mapping[str, int]] = ..., pinned_blocks: _Optional[int] = ..., restored_blocks: _Optional[int] = ..., disk_read_bytes: _Optional[int] = ..., disk_written_blocks: _Optional[int] = ..., disk_written_bytes: _Optional[int] = ..., disk_dropped_blocks: _Optional[int] = ...) -> None: ...
+    disk_bytes: int
+    disk_queued_bytes: int
+    host_blocks: int
+    total_host_blocks: int
+    time_to_first_token: Histogram
+    inter_token_latency: Histogram
+    queue_time: Histogram
+    mask_seconds: float
+    def __init__(self, running: _Optional[int] = ..., waiting: _Optional[int] = ..., free_blocks: _Optional[int] = ..., cached_blocks: _Optional[int] = ..., owned_blocks: _Optional[int] = ..., total_blocks: _Optional[int] = ..., block_size: _Optional[int] = ..., steps: _Optional[int] = ..., prompt_tokens: _Optional[int] = ..., generated_tokens: _Optional[int] = ..., cached_prompt_tokens: _Optional[int] = ..., preemptions: _Optional[int] = ..., padded_tokens: _Optional[int] = ..., computed_tokens: _Optional[int] = ..., compiles_after_warmup: _Optional[int] = ..., finished: _Optional[_Mapping[str, int]] = ..., failed_steps: _Optional[int] = ..., uptime_seconds: _Optional[float] = ..., copied_blocks: _Optional[int] = ..., swapped_out_blocks: _Optional[int] = ..., swapped_in_blocks: _Optional[int] = ..., held_steps: _Optional[_Mapping[str, int]] = ..., pinned_blocks: _Optional[int] = ..., prefix_cache_queries: _Optional[int] = ..., prefix_cache_hits: _Optional[int] = ..., restored_blocks: _Optional[int] = ..., disk_read_bytes: _Optional[int] = ..., disk_written_blocks: _Optional[int] = ..., disk_written_bytes: _Optional[int] = ..., disk_dropped_blocks: _Optional[int] = ..., disk_bytes: _Optional[int] = ..., disk_queued_bytes: _Optional[int] = ..., host_blocks: _Optional[int] = ..., total_host_blocks: _Optional[int] = ..., time_to_first_token: _Optional[_Union[Histogram, _Mapping]] = ..., inter_token_latency: _Optional[_Union[Histogram, _Mapping]] = ..., queue_time: _Optional[_Union[Histogram, _Mapping]] = ..., mask_seconds: _Optional[float] = ...) -> None: ...
+
+class Histogram(_message.Message):
+    __slots__ = ("bounds", "counts", "sum")
+    BOUNDS_FIELD_NUMBER: _ClassVar[int]
+    COUNTS_FIELD_NUMBER: _ClassVar[int]
+    SUM_FIELD_NUMBER: _ClassVar[int]
+    bounds: _containers.RepeatedScalarFieldContainer[float]
+    counts: _containers.RepeatedScalarFieldContainer[int]
+    sum: float
+    def __init__(self, bounds: _Optional[_Iterable[float]] = ..., counts: _Optional[_Iterable[int]] = ..., sum: _Optional[float] = ...) -> None: ...
 
 class FlushCacheRequest(_message.Message):
     __slots__ = ("cache_salt",)

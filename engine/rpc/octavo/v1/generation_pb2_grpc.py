@@ -118,7 +118,7 @@ class GenerationServicer(object):
 
     def GetStats(self, request, context):
         """Says what the engine is doing now, and counts since it started, for all callers together. For
-        operators: PERMISSION_DENIED unless the server was started with server.public_stats.
+        operators, by their keys: PERMISSION_DENIED to others, unless the server has server.public_stats.
         """
         context.set_code(grpc.StatusCode.UNIMPLEMENTED)
         context.set_details('Method not implemented!')

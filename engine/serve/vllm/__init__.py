@@ -1,0 +1,1 @@
+"""``vllm.grpc.engine.VllmEngine``: what model gateways, such as SMG, speak to their workers."""

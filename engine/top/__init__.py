@@ -1,0 +1,1 @@
+"""`octavo top`: a server's figures in the terminal, as they change."""
