@@ -22,6 +22,7 @@ from engine.config import Config, ConfigError, resolve_server
 from engine.event_loop import new_event_loop
 from engine.serve.server import AddressUnavailable, Server, is_loopback, join
 from engine.serve.signals import Signals, StoppedEarly, end_now
+from engine.serve.trimming import trimming
 from engine.server_config import ServerConfig
 
 if TYPE_CHECKING:
@@ -101,7 +102,12 @@ def serve(
       tenants: see `Server`.
     """
     server = Server(config, tenants)
-    with Signals() as signals, _rereading_on_hangup(server), background_loop() as run:
+    with (
+        Signals() as signals,
+        _rereading_on_hangup(server),
+        trimming(),
+        background_loop() as run,
+    ):
         try:
             run(server.start())
         except AddressUnavailable as error:
