@@ -23,6 +23,8 @@ import pytest
 from engine.client import AsyncClient, ServiceError
 from engine.rpc.octavo.v1 import generation_pb2 as pb
 from engine.sampling import Constraint
+from engine.serve.server import OTHER_CALLS
+from engine.server_config import ServerConfig
 from engine.types import FinishReason
 from tests.survival import h2
 from tests.survival.fuzz import Call, messages, registered
@@ -44,6 +46,7 @@ ANSWERS = {
 CUT_SHORT = {grpc.StatusCode.DEADLINE_EXCEEDED, grpc.StatusCode.CANCELLED}
 LONG = list(range(32, 127)) * 5
 SLOTS = 8
+MAX_CALLS = ServerConfig().max_concurrent + OTHER_CALLS
 
 
 def often(count: int, in_ci: int) -> int:
@@ -63,6 +66,15 @@ async def started(client: AsyncClient, num_running: int, num_waiting: int = 0) -
 async def read(stream: AsyncIterator[Any]) -> None:
     async for _ in stream:
         pass
+
+
+async def ended(stream: AsyncIterator[Any]) -> grpc.StatusCode:
+    """The status with which a call ends."""
+    try:
+        await read(stream)
+    except ServiceError as error:
+        return error.code
+    return grpc.StatusCode.OK
 
 
 def begin(client: AsyncClient, prompt: Any = "Once", **given: Any) -> asyncio.Task[None]:
@@ -151,15 +163,22 @@ async def test_clients_that_vanish_with_calls_open(
             list(connection.frames(0.02))
 
 
-async def test_messages_that_never_end(server: ServerProcess, client: AsyncClient) -> None:
+@pytest.mark.parametrize("num_connections", [4, 30, 100] if FULL else [4])
+async def test_messages_that_never_end(
+    num_connections: int, server: ServerProcess, client: AsyncClient
+) -> None:
     paths = (GENERATE, "/octavo.v1.Generation/Tokenize", "/grpc.health.v1.Health/Check")
     with contextlib.ExitStack() as stack:
-        for _ in range(often(50, 4)):
+        for _ in range(num_connections):
             connection = stack.enter_context(h2.Connection(server.address))
             for number in range(60):
                 half = h2.half_a_call(paths[number % 3], stream=2 * number + 1)
                 assert connection.send(half)
-        await read(client.generate("Once", max_tokens=1))  # while they are open
+        code = await ended(client.generate("Once", max_tokens=1))  # while they are open
+    if num_connections * 60 < MAX_CALLS:
+        assert code is grpc.StatusCode.OK
+    else:
+        assert code in (grpc.StatusCode.OK, grpc.StatusCode.RESOURCE_EXHAUSTED)
 
 
 async def test_readers_that_take_nothing_are_let_go(
