@@ -23,8 +23,8 @@ jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
 
-# A slow machine is no bug, and a plain run tries the same examples each time: what it finds is of the
-# change that it tests. `make fuzz` draws others.
+# A slow machine is no bug, and a plain run tries the same examples each time, so that what it finds
+# is of the change that it tests. `make fuzz` draws others.
 settings.register_profile(
     "octavo",
     deadline=None,
