@@ -13,7 +13,6 @@ from tests.core.driver import Driver
 from tests.core.driver import make_request as make_core_request
 from tests.engines import make_request
 from tests.runtime.fake_runner import LIMITS, FakeRunner, start_loop
-from tests.runtime.test_loop import until
 
 SMALL = dataclasses.replace(LIMITS, max_waiting_tokens=12)
 
