@@ -15,12 +15,23 @@ os.environ.setdefault("NPROC", "16")
 
 import jax
 import pytest
+from hypothesis import HealthCheck, settings
 
 from tests import compile_cache
 
 jax.config.update("jax_num_cpu_devices", 4)
 jax.config.update("jax_numpy_dtype_promotion", "strict")
 jax.config.update("jax_numpy_rank_promotion", "raise")
+
+# A slow machine is no bug, and a plain run tries the same examples each time, so that what it finds
+# is of the change that it tests. `make fuzz` draws others.
+settings.register_profile(
+    "octavo",
+    deadline=None,
+    derandomize="OCTAVO_FUZZ_EXAMPLES" not in os.environ,
+    suppress_health_check=[HealthCheck.too_slow],
+)
+settings.load_profile("octavo")
 
 ROOT = Path(__file__).resolve().parents[1]
 DATA = ROOT / "tests" / "data"

@@ -26,6 +26,7 @@ from engine.sampling import Constraint, InvalidRequest, SamplingParams
 from engine.serve import convert
 from engine.types import BeamScore, FinishReason
 from tests.runtime import tiny
+from tests.steps import by_hand
 from tests.test_engine import assert_idle, until_idle, with_limits
 from tests.test_samples import ask, text, tokens
 
@@ -107,21 +108,25 @@ async def until_running(engine: Engine, count: int) -> None:
 
 
 async def test_leaving_the_stream_ends_the_search(engine: Engine) -> None:
-    async with contextlib.aclosing(engine.generate("Hello", LONG)) as stream:
-        task = asyncio.ensure_future(anext(stream))
-        await until_running(engine, 4)
-        task.cancel()
-        with pytest.raises(asyncio.CancelledError):
-            await task
-    await until_idle(engine)
+    with by_hand(engine) as allow:
+        allow(5)
+        async with contextlib.aclosing(engine.generate("Hello", LONG)) as stream:
+            task = asyncio.ensure_future(anext(stream))
+            await until_running(engine, 4)
+            task.cancel()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+        await until_idle(engine)
     assert engine.stats().finished == {"abort": 3}
 
 
 async def test_an_abort_ends_the_search_and_says_so(engine: Engine) -> None:
-    task = asyncio.create_task(ask(engine, LONG, request_id="mine"))
-    await until_running(engine, 4)
-    assert engine.abort("mine")
-    reasons = [deltas[-1].finish_reason for deltas in (await task).values()]
+    with by_hand(engine) as allow:
+        allow(5)
+        task = asyncio.create_task(ask(engine, LONG, request_id="mine"))
+        await until_running(engine, 4)
+        assert engine.abort("mine")
+        reasons = [deltas[-1].finish_reason for deltas in (await task).values()]
     assert reasons == [FinishReason.ABORT] * 3
     await until_idle(engine)
 

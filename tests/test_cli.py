@@ -346,7 +346,7 @@ def test_a_stranger_s_handshake_writes_nothing_into_the_log() -> None:
         env=environment,
         capture_output=True,
         text=True,
-        timeout=60,
+        timeout=600,
         check=False,
     )
     assert (result.returncode, result.stderr) == (0, "")

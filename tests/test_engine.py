@@ -24,6 +24,7 @@ from engine.text.grammar_trials import Trial
 from engine.types import Domain, FinishReason, QueueFull
 from tests.runtime import tiny
 from tests.runtime.tiny import random_ids
+from tests.steps import by_hand
 
 LETTERS = tuple(range(ord("a"), ord("z") + 1))
 GREEDY = SamplingParams(temperature=0.0, max_tokens=12)
@@ -246,12 +247,15 @@ async def test_log_probabilities_come_with_their_tokens(engine: Engine) -> None:
 
 
 async def test_a_running_name_is_refused_and_free_again_afterwards(engine: Engine) -> None:
-    stream = engine.generate("Hello", LONG, request_id="mine")
-    await anext(stream)
-    with pytest.raises(InvalidRequest, match="'mine' is already running") as raised:
-        await ask(engine, "Hello", request_id="mine")
-    assert raised.value.field == "request_id"
-    assert not (await anext(stream)).finish_reason  # the refusal took nothing from it
+    with by_hand(engine) as allow:
+        allow(3)
+        stream = engine.generate("Hello", LONG, request_id="mine")
+        await anext(stream)
+        with pytest.raises(InvalidRequest, match="'mine' is already running") as raised:
+            await ask(engine, "Hello", request_id="mine")
+        assert raised.value.field == "request_id"
+        allow(3)
+        assert not (await anext(stream)).finish_reason  # the refusal took nothing from it
     expected = await ask(engine, "again", TEXT)
     await stream.aclose()
     # The step loop may not have heard of the end yet; its news must not reach the new one.
@@ -266,11 +270,13 @@ async def test_a_running_name_is_refused_and_free_again_afterwards(engine: Engin
 
 
 async def test_abort_ends_a_stream(engine: Engine) -> None:
-    stream = engine.generate("Hello", LONG, request_id="mine")
-    await anext(stream)
-    assert engine.abort("mine")
-    assert engine.abort("mine")  # it is still there, and this changes nothing
-    deltas = [delta async for delta in stream]
+    with by_hand(engine) as allow:
+        allow(3)
+        stream = engine.generate("Hello", LONG, request_id="mine")
+        await anext(stream)
+        assert engine.abort("mine")
+        assert engine.abort("mine")  # it is still there, and this changes nothing
+        deltas = [delta async for delta in stream]
     assert deltas[-1].finish_reason is FinishReason.ABORT
     assert not engine.abort("mine")
     assert not engine.abort("never heard of")
@@ -363,21 +369,26 @@ async def read_a_little(stream: AsyncIterator[Delta]) -> None:
 
 @pytest.mark.parametrize("way", ["closed", "cancelled", "cancelled while it waits", "abandoned"])
 async def test_a_reader_that_goes_away_returns_every_block(engine: Engine, way: str) -> None:
-    if way == "closed":
-        stream = engine.generate("Hello", LONG)
-        await anext(stream)
-        await stream.aclose()
-    elif way == "abandoned":
-        await read_a_little(engine.generate("Hello", LONG))  # left to the garbage collector
-    else:
-        num_tasks = 12 if way == "cancelled while it waits" else 2
-        tasks = [asyncio.create_task(ask(engine, "Hello", LONG)) for _ in range(num_tasks)]
-        await until(lambda: engine.stats().running == min(num_tasks, 8))
-        for task in reversed(tasks):
-            task.cancel()
-        ended = await asyncio.gather(*tasks, return_exceptions=True)
-        assert {type(error) for error in ended} == {asyncio.CancelledError}
-    await until_idle(engine)
+    with by_hand(engine) as allow:
+        if way == "closed":
+            allow(3)
+            stream = engine.generate("Hello", LONG)
+            await anext(stream)
+            await stream.aclose()
+        elif way == "abandoned":
+            allow(3)
+            await read_a_little(engine.generate("Hello", LONG))  # left to the garbage collector
+        else:
+            num_tasks = 12 if way == "cancelled while it waits" else 2
+            tasks = [asyncio.create_task(ask(engine, "Hello", LONG)) for _ in range(num_tasks)]
+            await until(lambda: engine.stats().waiting == num_tasks)
+            allow(4)
+            await until(lambda: engine.stats().running == min(num_tasks, 8))
+            for task in reversed(tasks):
+                task.cancel()
+            ended = await asyncio.gather(*tasks, return_exceptions=True)
+            assert {type(error) for error in ended} == {asyncio.CancelledError}
+        await until_idle(engine)
     assert set(engine.stats().finished) == {"abort"}
     assert len((await ask(engine, "Hello")).tokens) == 12
 
@@ -418,9 +429,11 @@ def test_an_event_loop_that_is_closed_under_a_stream_leaves_nothing_behind(
     engine: Engine,
 ) -> None:
     loop = asyncio.new_event_loop()
-    stream = engine.generate("Hello", LONG, request_id="mine")
-    loop.run_until_complete(anext(stream))
-    loop.close()  # without a goodbye to the stream
+    with by_hand(engine) as allow:
+        allow(3)
+        stream = engine.generate("Hello", LONG, request_id="mine")
+        loop.run_until_complete(anext(stream))
+        loop.close()  # without a goodbye to the stream
 
     async def afterwards() -> Answer:
         await until(lambda: not engine.abort("mine"))
@@ -434,10 +447,13 @@ def test_an_event_loop_that_is_closed_under_a_stream_leaves_nothing_behind(
 
 async def test_closing_the_engine_ends_every_stream(loaded: LoadedEngine) -> None:
     engine = Engine(loaded)
-    tasks = [asyncio.create_task(ask(engine, "Hello", LONG)) for _ in range(12)]
-    await until(lambda: engine.stats().running == 8)
-    await asyncio.to_thread(engine.close)
-    answers = await asyncio.gather(*tasks)
+    with by_hand(engine) as allow:
+        tasks = [asyncio.create_task(ask(engine, "Hello", LONG)) for _ in range(12)]
+        await until(lambda: engine.stats().waiting == 12)
+        allow(4)
+        await until(lambda: engine.stats().running == 8)
+        await asyncio.to_thread(engine.close)
+        answers = await asyncio.gather(*tasks)
     assert {answer.last.finish_reason for answer in answers} == {FinishReason.ABORT}
     assert_idle(engine)
     with pytest.raises(EngineStopped):
@@ -505,13 +521,15 @@ async def test_a_full_queue_refuses_before_it_reads(
 ) -> None:
     engine = Engine(with_limits(loaded, max_waiting=1, max_num_seqs=1))
     try:
-        tasks = [asyncio.create_task(ask(engine, "Hello", LONG))]
-        await until(lambda: engine.stats().running)
-        tasks.append(asyncio.create_task(ask(engine, "Hello", LONG)))
-        await until(lambda: engine.stats().waiting)
-        monkeypatch.setattr(engine.tokenizer, "apply_chat_template", pytest.fail)
-        with pytest.raises(QueueFull, match="1 requests are waiting already"):
-            await ask(engine, (Message("user", "hi"),))
+        with by_hand(engine) as allow:
+            allow(3)
+            tasks = [asyncio.create_task(ask(engine, "Hello", LONG))]
+            await until(lambda: engine.stats().running)
+            tasks.append(asyncio.create_task(ask(engine, "Hello", LONG)))
+            await until(lambda: engine.stats().waiting)
+            monkeypatch.setattr(engine.tokenizer, "apply_chat_template", pytest.fail)
+            with pytest.raises(QueueFull, match="1 requests are waiting already"):
+                await ask(engine, (Message("user", "hi"),))
     finally:
         engine.close()
         await asyncio.gather(*tasks)
@@ -520,8 +538,9 @@ async def test_a_full_queue_refuses_before_it_reads(
 async def test_a_full_queue_is_refused_and_the_engine_goes_on(loaded: LoadedEngine) -> None:
     engine = Engine(with_limits(loaded, max_waiting=2, max_num_seqs=1))
     try:
-        tasks = [asyncio.create_task(ask(engine, "Hello", LONG)) for _ in range(8)]
-        done, running = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+        with by_hand(engine):
+            tasks = [asyncio.create_task(ask(engine, "Hello", LONG)) for _ in range(8)]
+            done, running = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
         errors = [error for task in done if (error := task.exception())]
         assert errors
         assert all(isinstance(error, QueueFull) for error in errors)
@@ -578,8 +597,12 @@ async def test_a_failed_step_ends_its_streams_and_no_others(
         raise RuntimeError("the device hiccuped")
 
     streams = [engine.generate("Hello", LONG) for _ in range(3)]
-    await asyncio.gather(*(anext(stream) for stream in streams))
-    monkeypatch.setattr(runner, "launch", failing)
+    with by_hand(engine) as allow:
+        begun = [asyncio.ensure_future(anext(stream)) for stream in streams]
+        await until(lambda: engine.stats().waiting == 3)
+        allow(4)
+        await asyncio.gather(*begun)
+        monkeypatch.setattr(runner, "launch", failing)
     deltas = [[delta async for delta in stream] for stream in streams]
     assert {last.finish_reason for *_, last in deltas} == {FinishReason.ERROR}
     answer = await ask(engine, "Hello", TEXT)
@@ -598,7 +621,10 @@ async def test_a_recorded_run_with_preemptions_replays_and_answers_as_without(
     prompts = [random_ids(20 + i, seed=i) for i in range(8)]
     drawn = SamplingParams(temperature=1.0, max_tokens=60, seed=5, ignore_eos=True)
     try:
-        answers = await asyncio.gather(*(ask(tight, prompt, drawn) for prompt in prompts))
+        with by_hand(tight):  # so that they run beside each other
+            tasks = [asyncio.create_task(ask(tight, prompt, drawn)) for prompt in prompts]
+            await until(lambda: tight.stats().waiting == 8)
+        answers = await asyncio.gather(*tasks)
         await until_idle(tight)
         assert tight.stats().preemptions > 0
     finally:
@@ -615,9 +641,11 @@ async def test_an_answer_says_what_held_the_queue_while_it_waited(loaded: Loaded
     single = Engine(with_limits(loaded, max_num_seqs=1))
     try:
         stopped = dataclasses.replace(TEXT, stop=tuple(map(chr, LETTERS))[:16])
-        first, *others = await asyncio.gather(
-            ask(single, (7,) * 20, LONG), ask(single, (8,) * 20), ask(single, (9,) * 20, stopped)
-        )
+        asked = ((7, LONG), (8, GREEDY), (9, stopped))
+        with by_hand(single):
+            tasks = [asyncio.create_task(ask(single, (id_,) * 20, how)) for id_, how in asked]
+            await until(lambda: single.stats().waiting == 3)
+        first, *others = await asyncio.gather(*tasks)
     finally:
         single.close()
     assert first.last.waited is not None
@@ -664,15 +692,17 @@ async def test_steps_can_be_watched(engine: Engine) -> None:
 async def test_a_picture_of_a_running_engine_shows_who_holds_what(engine: Engine) -> None:
     before = await engine.picture()
     assert (before.num_generated, before.picture.running) == (0, ())
-    stream = engine.generate("Hello", dataclasses.replace(GREEDY, max_tokens=100))
-    await anext(stream)
-    frame = await engine.picture()
-    (seq,) = frame.picture.running
-    assert (seq.num_prompt, seq.domain) == (5, "default")
-    assert 0 < seq.num_known - seq.num_prompt <= frame.num_generated
-    assert len(seq.block_ids) == engine.stats().owned_blocks
-    assert frame.time > before.time
-    await stream.aclose()
+    with by_hand(engine) as allow:
+        allow(3)
+        stream = engine.generate("Hello", dataclasses.replace(GREEDY, max_tokens=100))
+        await anext(stream)
+        frame = await engine.picture()
+        (seq,) = frame.picture.running
+        assert (seq.num_prompt, seq.domain) == (5, "default")
+        assert 0 < seq.num_known - seq.num_prompt <= frame.num_generated
+        assert len(seq.block_ids) == engine.stats().owned_blocks
+        assert frame.time > before.time
+        await stream.aclose()
     await until_idle(engine)
     assert (await engine.picture()).picture.running == ()
     engine.close()

@@ -33,6 +33,7 @@ from tests.runtime import tiny
 from tests.runtime.tiny import random_ids
 from tests.serve import access_file
 from tests.serve.access_file import tenants, write
+from tests.steps import by_hand
 
 ALICE, BOB = Domain("default", "alice"), Domain("default", "bob")
 PROMPT = random_ids(70)
@@ -143,11 +144,13 @@ async def test_a_request_counts_while_it_runs_and_when_its_reader_leaves(
     engine = Engine(loaded)
     long = SamplingParams(temperature=0.0, max_tokens=300, ignore_eos=True)
     try:
-        stream = engine.generate(PROMPT, long, domain=BOB)
-        await anext(stream)
-        assert engine.usage(BOB).in_progress == 1
-        await stream.aclose()
-        usage = engine.usage(BOB)
+        with by_hand(engine) as allow:
+            allow(8)
+            stream = engine.generate(PROMPT, long, domain=BOB)
+            await anext(stream)
+            assert engine.usage(BOB).in_progress == 1
+            await stream.aclose()
+            usage = engine.usage(BOB)
     finally:
         engine.close()
     assert (usage.in_progress, usage.prompt_tokens, usage.finished) == (0, 70, {"abort": 1})
@@ -306,7 +309,11 @@ async def test_answers_on_merged_blocks_are_those_of_each_alone(loaded: LoadedEn
     engine.close()
     engine = Engine(with_cache(loaded, observability="constant"))
     engine.watch_steps(lambda record: owned.append(record.owned_blocks))
-    together = await asyncio.gather(*(answer(engine, prompt) for prompt in prompts))
+    with by_hand(engine):  # all of them come before the first step
+        tasks = [asyncio.create_task(answer(engine, prompt)) for prompt in prompts]
+        while engine.stats().waiting < len(prompts):
+            await asyncio.sleep(0.001)
+    together = await asyncio.gather(*tasks)
     engine.close()
     assert list(together) == alone
     assert max(owned) > 12 + 4 * 3  # while prompts were computed

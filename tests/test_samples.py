@@ -21,6 +21,7 @@ from engine.sampling import InvalidRequest, SamplingParams
 from engine.streams import Delta
 from engine.types import FinishReason
 from tests.runtime import tiny
+from tests.steps import by_hand
 from tests.test_engine import assert_idle, until_idle, with_limits
 
 NUM_TOKENS = 24
@@ -105,19 +106,23 @@ async def test_prompt_log_probabilities_come_once(engine: Engine) -> None:
 
 
 async def test_leaving_the_stream_ends_all_samples(engine: Engine) -> None:
-    async with contextlib.aclosing(engine.generate("Hello", LONG)) as stream:
-        async for _ in stream:
-            break
-    await until_idle(engine)
+    with by_hand(engine) as allow:
+        allow(5)
+        async with contextlib.aclosing(engine.generate("Hello", LONG)) as stream:
+            async for _ in stream:
+                break
+        await until_idle(engine)
     assert engine.stats().finished == {"abort": 4}
 
 
 async def test_an_abort_ends_all_samples_and_says_so(engine: Engine) -> None:
-    task = asyncio.create_task(ask(engine, LONG, request_id="mine"))
-    while not engine.stats().generated_tokens:
-        await asyncio.sleep(0.002)
-    assert engine.abort("mine")
-    reasons = [deltas[-1].finish_reason for deltas in (await task).values()]
+    with by_hand(engine) as allow:
+        allow(5)
+        task = asyncio.create_task(ask(engine, LONG, request_id="mine"))
+        while not engine.stats().generated_tokens:
+            await asyncio.sleep(0.002)
+        assert engine.abort("mine")
+        reasons = [deltas[-1].finish_reason for deltas in (await task).values()]
     assert reasons == [FinishReason.ABORT] * 4
     await until_idle(engine)
 

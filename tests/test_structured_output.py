@@ -19,6 +19,7 @@ from engine.runtime.news import BudgetSpent
 from engine.sampling import Constraint, InvalidRequest, SamplingParams
 from engine.types import FinishReason
 from tests.runtime import tiny
+from tests.steps import by_hand
 
 REGEX = "[a-f]{2}(-[0-9]{2}){1,12}"
 SCHEMA = {
@@ -281,9 +282,11 @@ async def test_an_output_that_can_not_be_followed_ends_with_its_reason(
 
 async def test_a_reader_that_leaves_takes_its_matcher_along(engine: Engine) -> None:
     sampling = SamplingParams(max_tokens=400, n=2, seed=3, constraint=regex("[a-z]{400}"))
-    stream = engine.generate("Hello", sampling)
-    await anext(stream)
-    await stream.aclose()
+    with by_hand(engine) as allow:
+        allow(3)
+        stream = engine.generate("Hello", sampling)
+        await anext(stream)
+        await stream.aclose()
     while engine.stats().running:
         await asyncio.sleep(0.001)
     assert engine._loop._constraints._matchers == {}

@@ -93,7 +93,7 @@ class Trials:
         finally:
             self._at_work.discard(process)
         if answer is None:
-            status = process.close()
+            status = process.close(MAX_WAIT)  # it is about to end, but may have to wait for a core
             if self._is_closed:
                 raise RuntimeError("the engine was closed before a grammar was compiled")
             if not is_new and status not in _BY_GRAMMARS:  # somebody killed it while it was idle
@@ -168,15 +168,15 @@ class _Process:
         """Have it end at once; whoever asks it gets no answer."""
         self._process.kill()
 
-    def close(self) -> int:
-        """End the process. Returns its exit status."""
+    def close(self, seconds: float = 1.0) -> int:
+        """End the process, by force after so many seconds. Returns its exit status."""
         pipes = (self._process.stdin, self._process.stdout)
         for pipe in pipes:
             assert pipe is not None
             with contextlib.suppress(OSError):
                 pipe.close()
         try:
-            return self._process.wait(1.0)
+            return self._process.wait(seconds)
         except subprocess.TimeoutExpired:
             self._process.kill()
             return self._process.wait()

@@ -84,8 +84,9 @@ async def test_an_open_loop_measures_from_when_a_request_was_due() -> None:
     server = Server(*answer(3), pause=0.02)
     driven = await drive(items(5), server.send, load, max_pending=1)
     assert [served.arrival for served in driven.served] == load.arrivals(5)
-    assert driven.served[-1].end - driven.served[-1].arrival >= 0.05  # it waited for four others
-    assert driven.wall == driven.served[-1].end - driven.served[0].arrival
+    last = max(driven.served, key=lambda served: served.end)  # whoever is due together may be it
+    assert last.end - last.arrival >= 0.05  # it waited for four others
+    assert driven.wall == last.end - driven.served[0].arrival
 
 
 async def test_too_few_tokens_are_a_failure() -> None:

@@ -51,8 +51,8 @@ def chromium(
     try:
         metrics = {"width": width, "height": height, "deviceScaleFactor": scale, "mobile": False}
         browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-        browser.set_script_timeout(30)
-        browser.set_page_load_timeout(60)
+        browser.set_script_timeout(600)
+        browser.set_page_load_timeout(600)
         yield browser
     finally:
         browser.quit()

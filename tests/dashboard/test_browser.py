@@ -108,7 +108,7 @@ def _nothing_goes_wrong(request: pytest.FixtureRequest) -> Iterator[None]:
 
 def until(browser: Chrome, script: str) -> Any:
     """Wait for a script to give something."""
-    return WebDriverWait(browser, 20, 0.05).until(lambda _: browser.execute_script(script))
+    return WebDriverWait(browser, 600, 0.05).until(lambda _: browser.execute_script(script))
 
 
 def drawn(browser: Chrome) -> None:
@@ -508,7 +508,7 @@ def test_a_paused_page_stands_still_and_then_catches_up(
     drawn(browser)
     before = looks(browser)
     engine.may_go_on.set()
-    WebDriverWait(browser, 20, 0.05).until(lambda _: engine.shown > 40)
+    WebDriverWait(browser, 600, 0.05).until(lambda _: engine.shown > 40)
     assert looks(browser) == before
     assert "step 10" in browser.find_element("id", "clock").text
     body.send_keys(Keys.SPACE)

@@ -9,7 +9,8 @@ from __future__ import annotations
 import asyncio
 import contextlib
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Coroutine
+from typing import Any
 
 import numpy as np
 
@@ -28,7 +29,10 @@ class Simulation:
       caches: whether anything is cached at all.
       prefers_hits: whether cached prompts are served first of those that wait.
       shows: whether usage and metrics are there at all.
-      quiet: real seconds without a further request after which a burst is taken to be complete.
+      burst: of so many fillers, where requests come as the experiment with bursts sends them, and
+        through `in_order`: one for the victim, the fillers, the probe. A burst is served when all
+        of it is there.
+      delay: real seconds before a request is served.
     """
 
     def __init__(
@@ -37,19 +41,23 @@ class Simulation:
         caches: bool = True,
         prefers_hits: bool = True,
         shows: bool = True,
-        quiet: float = 0.0,
+        burst: int = 0,
+        delay: float = 0.0,
     ):
         self.leaks = frozenset(leaks)
         self.caches = caches
         self.prefers_hits = prefers_hits
         self.shows = shows
         self.shows_all = Channel.WATCH in self.leaks
-        self.quiet = quiet
+        self.burst = burst
+        self.delay = delay
         self.seconds = 0.0
         self.prompts: list[tuple[str, str]] = []
         self._cached: defaultdict[str, set[str]] = defaultdict(set)
         self._counts: defaultdict[str, Counter[str]] = defaultdict(Counter)
         self._waiting: list[tuple[str, str]] = []
+        self._coming = asyncio.Lock()
+        self._num_served = self._num_read = 0
         self._turn = asyncio.Condition()
         self._is_busy = False
         self._rng = np.random.default_rng(0)
@@ -64,17 +72,17 @@ class Simulation:
         me = (prompt, tenant)
         self._waiting.append(me)
         self.prompts.append(me)
-        arrived = 0
-        while self.quiet and arrived != len(self.prompts):
-            arrived = len(self.prompts)
-            await asyncio.sleep(self.quiet)
-        had_to_wait = len(self._waiting) > 1 or self._is_busy
+        turn, place = divmod(len(self.prompts) - 1, self.burst + 2)
+        await asyncio.sleep(self.delay)
+        while self.burst and place and len(self.prompts) < (turn + 1) * (self.burst + 2):
+            await asyncio.sleep(0.001)
         async with self._turn:
             await self._turn.wait_for(lambda: not self._is_busy and self._next() == me)
             self._is_busy = True
             self._waiting.remove(me)
-        if had_to_wait:  # the answer before this one is read before this one is there
-            await asyncio.sleep(0.003)
+        while self.burst and self._num_read < self._num_served:  # the answer before this one
+            await asyncio.sleep(0.001)
+        self._num_served += 1
         is_hit = self._is_hit(Channel.TTFT, prompt, tenant)
         noise = max(0.1, 1 + JITTER * self._rng.standard_normal())
         self.seconds += noise * (SECONDS_A_HIT if is_hit else SECONDS_A_MISS)
@@ -92,6 +100,18 @@ class Simulation:
             async with self._turn:
                 self._is_busy = False
                 self._turn.notify_all()
+
+    async def in_order[T](self, sending: Coroutine[Any, Any, T]) -> T:
+        """Send a request when the one before it has come, and say when its answer is read."""
+        async with self._coming:
+            number = len(self.prompts)
+            task = asyncio.ensure_future(sending)
+            while len(self.prompts) == number and not task.done():
+                await asyncio.sleep(0.001)
+        try:
+            return await task
+        finally:
+            self._num_read += 1
 
     def metrics(self, tenant: str) -> dict[str, int]:
         """The counts that a tenant may read: its own, or everybody's if `watch` leaks."""

@@ -25,15 +25,27 @@ type Serve = Callable[[Simulation], AbstractAsyncContextManager[str]]
 
 VICTIM, ATTACKER = Tenant(key="victim"), Tenant(key="attacker")
 SERVERS = pytest.mark.parametrize("serve", [grpc_server, http_server])
-QUIET = 0.008  # real seconds; a burst's requests come closer to each other
+BURST = 4
+FOREVER = 600.0  # seconds
 WITHOUT_THE_QUEUE = tuple(channel for channel in Channel if channel is not Channel.QUEUE_ORDER)
 
 
 def _target(address: str, simulation: Simulation) -> Target:
     resolved = resolve(address)
+
+    class Grpc(GrpcTarget):
+        async def send(self, prompt: Any, tenant: Tenant) -> Any:
+            return await simulation.in_order(super().send(prompt, tenant))
+
+    class Http(HttpTarget):
+        async def send(self, prompt: Any, tenant: Tenant) -> Any:
+            return await simulation.in_order(super().send(prompt, tenant))
+
     if resolved.kind == "grpc":
-        return GrpcTarget(resolved, 20.0, simulation.now)
-    return HttpTarget(resolved, 20.0, clock=simulation.now, settle=0.0)
+        kind = Grpc if simulation.burst else GrpcTarget
+        return kind(resolved, FOREVER, simulation.now)
+    kind = Http if simulation.burst else HttpTarget
+    return kind(resolved, FOREVER, clock=simulation.now, settle=0.0)
 
 
 async def _check(serve: Serve, simulation: Simulation, **options: Any) -> Report:
@@ -41,7 +53,7 @@ async def _check(serve: Serve, simulation: Simulation, **options: Any) -> Report
         given: dict[str, Any] = {
             "trials": 16,
             "prompt_tokens": 32,
-            "burst": 4,
+            "burst": BURST,
             "gap": 0.002,
             "alpha": 0.05,
             **options,
@@ -58,8 +70,8 @@ def _verdicts(report: Report) -> dict[Channel, Verdict]:
 @SERVERS
 @pytest.mark.parametrize("leak", Channel)
 async def test_a_leak_is_found_on_its_channel(serve: Serve, leak: Channel) -> None:
-    quiet = QUIET if leak is Channel.QUEUE_ORDER else 0.0
-    report = await _check(serve, Simulation(leak, quiet=quiet), channel=[leak])
+    burst = BURST if leak is Channel.QUEUE_ORDER else 0
+    report = await _check(serve, Simulation(leak, burst=burst), channel=[leak])
     (finding,) = report.findings
     assert finding.verdict is Verdict.LEAK
     assert finding.cross is not None
@@ -70,12 +82,12 @@ async def test_a_leak_is_found_on_its_channel(serve: Serve, leak: Channel) -> No
 
 @SERVERS
 @pytest.mark.parametrize(
-    ("channels", "quiet"), [(WITHOUT_THE_QUEUE, 0.0), ((Channel.QUEUE_ORDER,), QUIET)]
+    ("channels", "burst"), [(WITHOUT_THE_QUEUE, 0), ((Channel.QUEUE_ORDER,), BURST)]
 )
 async def test_a_server_that_keeps_tenants_apart_has_no_leak(
-    serve: Serve, channels: tuple[Channel, ...], quiet: float
+    serve: Serve, channels: tuple[Channel, ...], burst: int
 ) -> None:
-    report = await _check(serve, Simulation(quiet=quiet), channel=channels)
+    report = await _check(serve, Simulation(burst=burst), channel=channels)
     assert _verdicts(report) == dict.fromkeys(channels, Verdict.NO_LEAK)
     assert report.exit_code == 0
     for finding in report.findings:
@@ -105,7 +117,7 @@ async def test_without_a_cache_the_tool_says_that_it_is_blind(serve: Serve) -> N
 
 @SERVERS
 async def test_a_queue_in_order_of_arrival_is_no_channel(serve: Serve) -> None:
-    simulation = Simulation(prefers_hits=False, quiet=QUIET)
+    simulation = Simulation(prefers_hits=False, burst=BURST)
     report = await _check(serve, simulation, channel=[Channel.QUEUE_ORDER])
     assert _verdicts(report) == {Channel.QUEUE_ORDER: Verdict.ABSENT}
     assert report.exit_code == 0
@@ -190,7 +202,7 @@ async def test_one_failed_request_of_a_burst_ends_the_others() -> None:
 
     async with (
         grpc_server(simulation) as address,
-        Failing(resolve(address), 20.0, simulation.now) as target,
+        Failing(resolve(address), FOREVER, simulation.now) as target,
     ):
         options = Options(address=address, channel=["queue_order"], prompt_tokens=32)
         with pytest.raises(RuntimeError, match="broken"):

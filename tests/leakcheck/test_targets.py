@@ -25,6 +25,7 @@ from tests.leakcheck.simulation import Simulation
 from tests.serve.fake_engine import FakeEngine
 
 NOBODY = Tenant()
+FOREVER = 600.0  # seconds
 
 
 @contextlib.asynccontextmanager
@@ -73,7 +74,7 @@ async def test_the_real_service_answers_as_the_target_expects() -> None:
     await server.start()
     await server.set_engine(engine)
     try:
-        async with GrpcTarget(resolve(server.address), 5.0) as target:
+        async with GrpcTarget(resolve(server.address), FOREVER) as target:
             assert "echo" in await target.describe(NOBODY, 32)
             prompt = target.fresh_prompt()
             reply = await target.send(prompt, Tenant(salt="mine"))
@@ -119,7 +120,7 @@ def test_every_number_of_an_answer_is_watched_but_the_time() -> None:
 
 async def test_prompts_are_as_long_as_asked_and_never_the_same() -> None:
     for serve, kind in ((grpc_server, GrpcTarget), (http_server, HttpTarget)):
-        async with serve(Simulation()) as address, kind(resolve(address), 5.0) as target:
+        async with serve(Simulation()) as address, kind(resolve(address), FOREVER) as target:
             await target.describe(NOBODY, 64)
             prompts = [target.fresh_prompt() for _ in range(50)]
             words = [each.split() if isinstance(each, str) else each for each in prompts]
@@ -130,7 +131,7 @@ async def test_prompts_are_as_long_as_asked_and_never_the_same() -> None:
 async def test_a_prompt_longer_than_the_model_takes_is_refused() -> None:
     async with (
         grpc_server(Simulation()) as address,
-        GrpcTarget(resolve(address), 5.0) as target,
+        GrpcTarget(resolve(address), FOREVER) as target,
     ):
         await target.describe(NOBODY, 255)
         with pytest.raises(LeakcheckError, match="at most 255 tokens; ask for fewer"):
@@ -141,10 +142,10 @@ async def test_a_server_that_is_not_there_is_an_error() -> None:
     async with _raw_server(b"") as address:
         pass
     http = resolve(address)
-    async with HttpTarget(http, 5.0) as target:
+    async with HttpTarget(http, FOREVER) as target:
         with pytest.raises(LeakcheckError, match="is a server running there"):
             await target.describe(NOBODY, 32)
-    async with GrpcTarget(resolve(http.netloc), 5.0) as target:
+    async with GrpcTarget(resolve(http.netloc), FOREVER) as target:
         with pytest.raises(LeakcheckError, match="no server is ready"):
             await target.describe(NOBODY, 32)
 
@@ -200,7 +201,7 @@ async def test_a_refusal_names_the_way_out(status: grpc.StatusCode, message: str
     port = server.add_insecure_port("127.0.0.1:0")
     await server.start()
     try:
-        async with GrpcTarget(resolve(f"127.0.0.1:{port}"), 5.0) as target:
+        async with GrpcTarget(resolve(f"127.0.0.1:{port}"), FOREVER) as target:
             with pytest.raises(LeakcheckError, match=message):
                 await target.describe(NOBODY, 32)
     finally:
@@ -248,18 +249,18 @@ async def test_the_first_token_ends_the_time_and_not_the_last() -> None:
     answer = _ok(_event(choices=[{"delta": {"role": "assistant", "content": ""}}]) + TOKEN * 2)
     async with (
         _raw_server(answer) as address,
-        HttpTarget(resolve(address), 5.0, model="fake", clock=lambda: next(ticks)) as target,
+        HttpTarget(resolve(address), FOREVER, model="fake", clock=lambda: next(ticks)) as target,
     ):
         assert (await target.send("hello", NOBODY)).seconds == 1.0
 
 
 async def test_a_message_without_a_token_does_not_end_the_time() -> None:
-    quiet = 0.03  # real seconds between that message and the token, at the least
+    delay = 0.03  # real seconds between that message and the token, at the least
     async with (
-        grpc_server(Simulation(quiet=quiet)) as address,
-        GrpcTarget(resolve(address), 5.0) as target,
+        grpc_server(Simulation(delay=delay)) as address,
+        GrpcTarget(resolve(address), FOREVER) as target,
     ):
-        assert (await target.send((1, 2, 3), NOBODY)).seconds >= quiet
+        assert (await target.send((1, 2, 3), NOBODY)).seconds >= delay
 
 
 async def test_a_redirect_is_not_followed() -> None:
@@ -276,9 +277,9 @@ async def test_no_proxy_is_asked(monkeypatch: pytest.MonkeyPatch) -> None:
     async with _raw_server(b"", seen=seen) as proxy, http_server(Simulation()) as address:
         for name in ("http_proxy", "HTTP_PROXY", "grpc_proxy", "https_proxy", "all_proxy"):
             monkeypatch.setenv(name, proxy.removesuffix("/v1"))
-        async with HttpTarget(resolve(address), 5.0) as target:
+        async with HttpTarget(resolve(address), FOREVER) as target:
             await target.describe(NOBODY, 32)
-        async with grpc_server(Simulation()) as ours, GrpcTarget(resolve(ours), 5.0) as target:
+        async with grpc_server(Simulation()) as ours, GrpcTarget(resolve(ours), FOREVER) as target:
             await target.describe(NOBODY, 32)
     assert seen == []
 
@@ -287,13 +288,13 @@ async def test_tenants_are_told_apart_by_key_and_salt() -> None:
     seen: list[bytes] = []
     async with (
         _raw_server(_ok(TOKEN), seen=seen) as address,
-        HttpTarget(resolve(address), 5.0, model="fake") as target,
+        HttpTarget(resolve(address), FOREVER, model="fake") as target,
     ):
         await target.send("hello", Tenant(key="secret"))
         await target.send("hello", NOBODY)
     assert [b"Authorization: Bearer secret\r\n" in head for head in seen] == [True, False]
     simulation = Simulation()
-    async with http_server(simulation) as address, HttpTarget(resolve(address), 5.0) as target:
+    async with http_server(simulation) as address, HttpTarget(resolve(address), FOREVER) as target:
         await target.describe(NOBODY, 32)
         await target.send("hello", Tenant(salt="mine"))
         await target.send("hello", NOBODY)

@@ -21,7 +21,7 @@ from engine.server_config import ServerConfig
 from engine.types import Domain
 from tests.conftest import ROOT
 from tests.observe.http import get
-from tests.observe.served import Letters
+from tests.steps import by_hand
 
 DASHBOARD = ROOT / "docs" / "grafana" / "octavo.json"
 # What Prometheus 2 and 3 ask for.
@@ -108,18 +108,21 @@ async def test_a_server_that_loads_its_model_can_be_scraped() -> None:
 
 
 async def test_running_requests_and_their_blocks_are_seen(
-    server: Server, client: AsyncClient, runner: Letters
+    server: Server, client: AsyncClient, engine: Engine
 ) -> None:
-    runner.seconds = 0.02
-    tasks = [asyncio.create_task(ask(client, max_tokens=100)) for _ in range(6)]
-    while True:
+    with by_hand(engine) as allow:
+        tasks = [asyncio.create_task(ask(client, max_tokens=100)) for _ in range(6)]
+        while engine.stats().waiting < 6:
+            await asyncio.sleep(0.001)
+        allow(6)
+        while engine.stats().running < 4:
+            await asyncio.sleep(0.001)
         values = await scrape(server)
-        if value(values, "num_requests_running") == 4 and value(values, "calls_in_progress") == 6:
-            break
-    assert value(values, "num_requests_waiting") == 2
-    assert 0 < value(values, "kv_cache_usage_perc") < 1
-    assert value(values, "tenant_requests_in_progress", tenant="default") == 6
-    runner.seconds = 0.0
+        assert value(values, "num_requests_running") == 4
+        assert value(values, "calls_in_progress") == 6
+        assert value(values, "num_requests_waiting") == 2
+        assert 0 < value(values, "kv_cache_usage_perc") < 1
+        assert value(values, "tenant_requests_in_progress", tenant="default") == 6
     await asyncio.gather(*tasks)
 
 

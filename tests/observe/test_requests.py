@@ -18,6 +18,7 @@ from engine.serve.tenants import Rules, TenantRules
 from engine.streams import Delta, ReaderTooSlow, Usage
 from engine.types import Domain, FinishReason, Waited
 from tests.observe.served import Letters
+from tests.steps import by_hand
 
 ACME = Domain("acme")
 LENGTH, ABORT, ERROR = FinishReason.LENGTH, FinishReason.ABORT, FinishReason.ERROR
@@ -227,7 +228,9 @@ async def test_a_reader_that_was_too_slow_counts_alike_for_all_who_ask(
     records: list[RequestRecord] = []
     engine.requests.listeners.append(records.append)
     stream = engine.generate("hello", SamplingParams(max_tokens=60, n=2), domain=ACME)
-    await anext(stream)
+    with by_hand(engine) as allow:
+        allow(2)  # not more than may be unread, until it has begun to read
+        await anext(stream)
     while engine.stats().running or not engine.stats().finished:
         await asyncio.sleep(0.001)
     with pytest.raises(ReaderTooSlow):

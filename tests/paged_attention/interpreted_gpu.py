@@ -16,7 +16,7 @@ from tests.paged_attention.oracle import Case, Program, compiled, run
 # A deadlocked kernel hangs in native code, where only a thread can end it. Garbage in rows that
 # nobody reads may be multiplied, and NumPy warns of its NaN.
 MARKS = [
-    pytest.mark.timeout(120, method="thread"),
+    pytest.mark.timeout(600, method="thread"),
     pytest.mark.filterwarnings("ignore:invalid value encountered in matmul:RuntimeWarning"),
 ]
 

@@ -21,7 +21,7 @@ from tests.paged_attention.oracle import FEATURES, check
 from tests.paged_attention.test_tpu import MIXES, case_of
 
 # A deadlocked kernel hangs in native code, where only a thread can end it.
-pytestmark = [pytest.mark.mutants, pytest.mark.timeout(300, method="thread")]
+pytestmark = [pytest.mark.mutants, pytest.mark.timeout(900, method="thread")]
 
 Mutant = tuple[str, str]
 

@@ -20,7 +20,7 @@ from tests.paged_attention.interpreted import (
 from tests.paged_attention.oracle import FEATURES, Case, bits, check, make_case, rows_for, run
 
 # A deadlocked kernel hangs in native code, where only a thread can end it.
-pytestmark = pytest.mark.timeout(120, method="thread")
+pytestmark = pytest.mark.timeout(600, method="thread")
 
 HEAD_DIMS, RATIOS = (64, 80, 96, 128, 256), (1, 2, 3, 4, 8, 16)
 BLOCK_SIZES = (16, 32, 64, 128, 256)

@@ -57,7 +57,9 @@ class FakeLaunched:
 
     def wait(self) -> StepTokens:
         """Wait for the gate, then fail or give the tokens."""
+        self.runner.at_gate.set()
         self.runner.gate.wait()
+        self.runner.at_gate.clear()
         self.runner.events.append(f"wait {self.number}")
         if self.number in self.runner.fail_waits:
             raise DeviceFailed(f"step {self.number} failed on the device")
@@ -71,6 +73,7 @@ class FakeRunner:
 
     Attributes:
       gate: steps end only while it is set.
+      at_gate: set while a step is waited for: until the gate opens, the loop takes nothing in.
       fail_launches, fail_waits: numbers of the launches, from 0, that fail.
       fail_reset: whether the device can't be brought back.
       events: what happened, in order.
@@ -80,6 +83,7 @@ class FakeRunner:
     def __init__(self, limits: Limits = LIMITS):
         self.gate = threading.Event()
         self.gate.set()
+        self.at_gate = threading.Event()
         self.fail_launches: set[int] = set()
         self.fail_waits: set[int] = set()
         self.fail_reset = False

@@ -23,7 +23,7 @@ KILLS = int(os.environ.get("OCTAVO_KILLS", "2"))
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(60 + 60 * KILLS)
+@pytest.mark.timeout(300 + 300 * KILLS)
 def test_engines_killed_while_they_write_never_give_a_wrong_token(
     tiny_model: Path, tmp_path: Path
 ) -> None:

@@ -177,7 +177,7 @@ def test_a_name_may_be_used_again_right_after_its_abort(runner: FakeRunner) -> N
     engine_loop = EngineLoop(runner, LIMITS, on_news)  # type: ignore[bad-argument-type]
     runner.gate.clear()
     engine_loop.submit(make_request("a", range(5), FOREVER))
-    until(lambda: runner.plans)
+    runner.at_gate.wait()
     again = make_request("a", range(9), FOREVER, seed=50)
     engine_loop.abort("a")
     engine_loop.submit(again)  # both are taken at once
@@ -246,7 +246,7 @@ def test_a_full_queue_refuses_at_once_and_takes_requests_again_later(
     engine_loop, listener = running
     runner.gate.clear()
     engine_loop.submit(make_request("first", range(5), 2))
-    until(lambda: runner.plans)
+    runner.at_gate.wait()
     # The loop waits at the gate, so these stay in its inbox.
     names = [f"r{number}" for number in range(LIMITS.max_waiting)]
     for name in names:
@@ -275,7 +275,7 @@ def test_the_scheduler_s_refusal_comes_as_news(runner: FakeRunner) -> None:
     runner.gate.clear()
     engine_loop = EngineLoop(runner, limits, on_news)  # type: ignore[bad-argument-type]
     engine_loop.submit(make_request("runs", range(5), FOREVER))
-    until(lambda: runner.plans)
+    runner.at_gate.wait()
     for name in ("waits", "waits too"):
         engine_loop.submit(make_request(name, range(5), 2))
     runner.gate.set()
@@ -291,7 +291,7 @@ def test_close_ends_what_runs_what_waits_and_what_was_not_looked_at_yet(
     engine_loop, listener = start_loop(runner)
     runner.gate.clear()
     engine_loop.submit(make_request("r0", range(5), FOREVER))
-    until(lambda: runner.plans)
+    runner.at_gate.wait()
     names = [f"r{number}" for number in range(1, 8)]
     for name in names:
         engine_loop.submit(make_request(name, range(5), FOREVER))
@@ -450,7 +450,7 @@ def test_what_the_step_before_a_failed_launch_computed_still_counts(
     engine_loop, listener = running
     runner.gate.clear()
     engine_loop.submit(make_request("plug", range(3), 1))
-    until(lambda: runner.plans)
+    runner.at_gate.wait()
     runner.fail_launches = {2}  # 0 is the plug, 1 both prompts, 2 a decode of `long`
     engine_loop.submit(make_request("short", range(5), 1))
     engine_loop.submit(make_request("long", range(5), 5))
@@ -469,7 +469,7 @@ def test_a_loop_that_can_not_go_on_tells_every_request(
     engine_loop, listener = start_loop(runner)
     runner.gate.clear()
     engine_loop.submit(make_request("runs", range(5), FOREVER))
-    until(lambda: runner.plans)
+    runner.at_gate.wait()
     names = [f"r{number}" for number in range(7)]
     for name in names:
         engine_loop.submit(make_request(name, range(5), 2))
@@ -632,7 +632,7 @@ def test_weights_are_exchanged_when_the_last_request_ends_though_nobody_comes_af
         runner.fail_waits = {2}
     runner.gate.clear()
     engine_loop.submit(make_request("a", range(5), 5))
-    until(lambda: runner.events)
+    runner.at_gate.wait()
     exchanged = engine_loop.reload(NoWeights())
     if end == "abort":
         engine_loop.abort("a")

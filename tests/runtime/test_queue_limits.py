@@ -13,7 +13,6 @@ from tests.core.driver import Driver
 from tests.core.driver import make_request as make_core_request
 from tests.engines import make_request
 from tests.runtime.fake_runner import LIMITS, FakeRunner, start_loop
-from tests.runtime.test_loop import until
 
 SMALL = dataclasses.replace(LIMITS, max_waiting_tokens=12)
 
@@ -23,7 +22,7 @@ def test_the_inbox_takes_so_many_tokens_and_one_prompt_of_any_length() -> None:
     runner.gate.clear()
     engine_loop, listener = start_loop(runner, SMALL)
     engine_loop.submit(make_request("first", range(5), 2))
-    until(lambda: runner.plans)
+    runner.at_gate.wait()
     # The loop waits at the gate, so these stay in its inbox.
     engine_loop.submit(make_request("long", range(20), 2))
     with pytest.raises(QueueFull, match=r"20 tokens .* the 1 of this one .* more than 12"):

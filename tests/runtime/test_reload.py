@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import dataclasses
 import shutil
+import threading
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
 from typing import Any
@@ -94,20 +95,34 @@ async def answer(engine: Engine, prompt: Any, sampling: SamplingParams = GREEDY)
 
 
 async def test_answers_are_of_the_old_weights_or_the_new_and_never_of_both(
-    engine: Engine, link: Path, both: dict[str, Path], tmp_path: Path
+    engine: Engine,
+    link: Path,
+    both: dict[str, Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     old, new = tiny.weights(), other_weights()
     before = [await answer(engine, prompt) for prompt in PROMPTS]
     assert before == [alone(old, prompt, 24) for prompt in PROMPTS]
     fingerprint = engine.model_info().weights_fingerprint
     # Some have begun when the new weights are there; others come then, and wait for those.
+    launch, may_launch = engine._loaded.runner.launch, threading.Semaphore(0)
+    monkeypatch.setattr(
+        engine._loaded.runner, "launch", lambda *step: may_launch.acquire() and launch(*step)
+    )
     begun = [asyncio.create_task(answer(engine, (*PROMPTS[0], n), LONG)) for n in range(3)]
+    while engine.stats().running + engine.stats().waiting < 3:
+        await asyncio.sleep(0.001)
+    may_launch.release(4)
     while engine.stats().running < 3:
         await asyncio.sleep(0.001)
     point(link, both["new"])
     exchange = asyncio.create_task(engine.reload())
     await asyncio.sleep(0)
-    await engine.life.pause()
+    pausing = asyncio.create_task(engine.life.pause())
+    await asyncio.sleep(0)
+    may_launch.release(10**6)
+    await pausing
     while engine._loop._exchange is None:
         await asyncio.sleep(0.001)
     queued = [asyncio.create_task(answer(engine, prompt)) for prompt in PROMPTS]

@@ -81,10 +81,10 @@ def test_requests_of_a_hung_step_end_at_once_and_others_go_on_when_it_comes_back
     runner.gate.clear()
     for number in range(LIMITS.max_num_seqs):
         engine_loop.submit(make_request(f"runs {number}", range(5), 4))
-    until(lambda: len(runner.plans) > 0)
+    runner.at_gate.wait()
     waits = make_request("waits", range(5), 4)
     engine_loop.submit(waits)
-    watch()
+    watchdog = watch()
     until(lambda: engine_loop.pulse.trouble)
     hung = watch.hung  # type: ignore[missing-attribute]
     until(lambda: hung)
@@ -92,6 +92,7 @@ def test_requests_of_a_hung_step_end_at_once_and_others_go_on_when_it_comes_back
     assert hung.keys() == on_device
     assert {output.finish_reason for output in hung.values()} == {ERROR}
     assert "hangs" in (engine_loop.pulse.trouble or "")
+    watchdog.close()  # on a slow machine it would end what comes next, too
     runner.gate.set()
     assert listener.until_ended("waits")[0].token_ids == expected_tokens(waits)
     assert engine_loop.pulse.trouble is None
@@ -134,10 +135,17 @@ def test_an_idle_loop_and_one_that_is_slow_but_moves_are_left_alone(
     runner: FakeRunner, running: tuple[EngineLoop, Listener], watch: Watch
 ) -> None:
     engine_loop, listener = running
-    watch(step_timeout=0.4)
-    time.sleep(0.6)  # idle for longer than a step may take
+    watchdog = watch(step_timeout=4.0)  # eight looks, which are the test's own
+    watchdog.close()
+
+    def looks(count: int) -> bool:
+        for _ in range(count):
+            watchdog._look()
+        return True
+
+    looks(20)  # idle for longer than a step may take
     slow = threading.Event()
-    slow.wait = lambda timeout=None: not time.sleep(0.1)  # type: ignore[method-assign]
+    slow.wait = lambda timeout=None: looks(5)  # type: ignore[method-assign]
     runner.gate = slow
     engine_loop.submit(make_request("a", range(5), 8))  # all of it takes longer than a step may
     assert listener.until_ended("a")[0].finish_reason is LENGTH
@@ -183,10 +191,14 @@ def test_a_device_that_does_not_come_back_is_lost(
     engine_loop, _ = running
     runner.gate.clear()
     engine_loop.submit(make_request("a", range(5), 4))
+    runner.at_gate.wait()
     watchdog = watch(recovery_timeout=0.2)
-    until(lambda: engine_loop.pulse.trouble)
+    watchdog.close()  # it looks when the test says
+    while not engine_loop.pulse.trouble:
+        watchdog._look()
     assert not watchdog.is_lost
-    until(lambda: watchdog.is_lost)
+    while not watchdog.is_lost:
+        watchdog._look()
 
 
 def test_the_report_names_the_step_and_where_each_thread_is(
@@ -195,7 +207,7 @@ def test_the_report_names_the_step_and_where_each_thread_is(
     engine_loop, _ = running
     runner.gate.clear()
     engine_loop.submit(make_request("secret name", range(5), 4))
-    until(lambda: runner.plans and engine_loop.pulse.since)
+    runner.at_gate.wait()
     text = report(engine_loop.pulse)
     assert "rows, 5 tokens" in text
     assert "thread octavo-loop:" in text
@@ -215,14 +227,11 @@ def test_after_failures_in_a_row_requests_wait_until_the_device_works(
 ) -> None:
     engine_loop, listener = running
     engine_loop.pulse.max_failures = 2
-    runner.fail_waits = set(range(1000))
-    runner.gate.clear()
-    engine_loop.submit(make_request("a", range(5), 4))
-    until(lambda: runner.plans)
+    runner.fail_waits = set(range(10**6))
     names = ["b", "c", "d"]
-    runner.gate.set()
-    engine_loop.submit(make_request("b", range(5), 4))
-    listener.until_ended("a", "b")
+    for name in ("a", "b"):  # a step each
+        engine_loop.submit(make_request(name, range(5), 4))
+        listener.until_ended(name)
     until(lambda: engine_loop.pulse.trouble)
     assert "steps in a row failed" in (engine_loop.pulse.trouble or "")
     for name in names[1:]:
@@ -314,8 +323,8 @@ def test_single_failures_with_good_steps_between_them_are_no_trouble(
     engine_loop, listener = running
     engine_loop.pulse.max_failures = 2
     for number in range(4):
-        engine_loop.submit(make_request(f"bad {number}", range(5), 3))
         runner.fail_waits = {len(runner.plans)}
+        engine_loop.submit(make_request(f"bad {number}", range(5), 3))
         listener.until_ended(f"bad {number}")
         engine_loop.submit(make_request(f"good {number}", range(5), 3))
         listener.until_ended(f"good {number}")
@@ -330,7 +339,7 @@ def test_a_pause_begins_no_step_and_keeps_blocks_and_places(
     runner.gate.clear()
     runs = make_request("runs", range(5), 20)
     engine_loop.submit(runs)
-    until(lambda: runner.plans)
+    runner.at_gate.wait()
     engine_loop.pulse.is_paused = True
     runner.gate.set()
     while engine_loop.look(lambda state: bool(state.core.in_flight)).result(10):

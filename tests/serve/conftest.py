@@ -7,9 +7,16 @@ from collections.abc import AsyncIterator
 import pytest
 
 from engine.client import AsyncClient
+from engine.serve import server as server_module
 from engine.serve.server import Server
 from engine.server_config import ServerConfig
 from tests.serve.fake_engine import FakeEngine
+
+
+@pytest.fixture(autouse=True)
+def _patient(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Streams that are aborted can say goodbye on a machine that is slow."""
+    monkeypatch.setattr(server_module, "ABORT_SECONDS", 100.0)
 
 
 @pytest.fixture

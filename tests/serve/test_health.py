@@ -25,7 +25,7 @@ GENERATION = "octavo.v1.Generation"
 @pytest.fixture
 async def starting() -> AsyncIterator[Server]:
     """A server without an engine yet."""
-    server = Server(ServerConfig(port=0, reader_timeout=0.2, grace=0.05))
+    server = Server(ServerConfig(port=0, grace=0.05))
     await server.start()
     yield server
     await server.stop()
@@ -85,7 +85,11 @@ async def test_a_service_that_is_not_there_is_unknown_to_who_watches(stub: Any) 
     call.cancel()
 
 
-async def test_who_watches_and_reads_nothing_holds_nobody_up(starting: Server) -> None:
+async def test_who_watches_and_reads_nothing_holds_nobody_up(
+    starting: Server, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(starting._calls, "_reader_timeout", 0.2)
+
     def attack() -> h2.Connection:
         connection = h2.Connection(starting.address, window=0).__enter__()
         connection.send(h2.call("/grpc.health.v1.Health/Watch", b""))
@@ -95,14 +99,14 @@ async def test_who_watches_and_reads_nothing_holds_nobody_up(starting: Server) -
     try:
         while not starting._health._num_watchers:
             await asyncio.sleep(0.01)
-        await asyncio.wait_for(starting.set_engine(FakeEngine()), 10)
+        await starting.set_engine(FakeEngine())
         async with grpc.aio.insecure_channel(starting.address) as channel:
             checking: Any = health_pb2_grpc.HealthStub(channel)
             reply = await checking.Check(pb.HealthCheckRequest())
         assert reply.status == SERVING
         while starting._health._num_watchers:  # it is let go
             await asyncio.sleep(0.01)
-        await asyncio.wait_for(starting.stop(), 10)
+        await starting.stop()
     finally:
         connection.__exit__()
 

@@ -23,14 +23,20 @@ from tests.serve.fake_engine import FakeEngine, until
 
 
 class WatchedEngine(FakeEngine):
-    """Shows a scheduler that goes on by a step with each picture."""
+    """Shows a scheduler that goes on by a step with each picture.
+
+    Where `due` is set, each picture waits until the test releases it.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.driver = Driver(max_waiting=100_000)
         self.pictures: list[Frame] = []
+        self.due: asyncio.Semaphore | None = None
 
     async def picture(self) -> Frame:
+        if self.due is not None:
+            await self.due.acquire()
         number = len(self.pictures)
         self.driver.admit(make_request(f"r{number}", 5, max_tokens=3))
         self.driver.step()
@@ -152,6 +158,7 @@ async def test_files_are_only_read(server: Server) -> None:
 async def test_the_stream_begins_with_the_whole_and_goes_on_with_changes(
     server: Server, engine: WatchedEngine
 ) -> None:
+    engine.due = asyncio.Semaphore(0)
     reply = await request(server, "/events")
     assert reply.headers["content-type"].startswith("text/event-stream")
     assert await reply.event() == (
@@ -161,13 +168,13 @@ async def test_the_stream_begins_with_the_whole_and_goes_on_with_changes(
     reader = Reader()
     wholes = []
     for _ in range(8):
+        engine.due.release()
         event, frame = await reply.event()
         assert event == "frame"
         wholes.append("pool" in frame)
         reader.apply(frame)
         reader.check(engine.pictures[int(frame["time"])])
-    assert wholes[0]
-    assert not all(wholes[1:])  # a reader that is late gets the whole again
+    assert wholes == [True] + [False] * 7
 
 
 async def test_a_viewer_that_leaves_is_forgotten_and_the_engine_left_alone(
@@ -187,7 +194,6 @@ async def test_a_viewer_that_leaves_is_forgotten_and_the_engine_left_alone(
 async def test_a_viewer_that_takes_nothing_holds_up_nobody_and_is_let_go(
     server: Server, engine: WatchedEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(watching, "STALLED_S", 0.2)
     shown = server._watching
     assert shown is not None
     sent: list[Message] = []
@@ -196,12 +202,17 @@ async def test_a_viewer_that_takes_nothing_holds_up_nobody_and_is_let_go(
         sent.append(message)
         if b"event: frame" in message.get("body", b""):
             await asyncio.Event().wait()  # its buffers are full
+        if b"event: about" in message.get("body", b""):
+            monkeypatch.setattr(watching, "STALLED_S", 0.2)  # for what comes next
 
+    other = await request(server, "/events")
     with pytest.raises(TimeoutError):
         await shown.events(send)
     assert len(sent) == 3  # the head, what the page is about, and one frame
-    assert len(engine.pictures) > 3
-    assert shown._viewers.num_viewers == 0
+    taken = len(engine.pictures)
+    await until(lambda: len(engine.pictures) > taken)  # for the other, who is held up by nobody
+    assert shown._viewers.num_viewers == 1
+    await other.close()
 
 
 async def test_a_viewer_that_takes_nothing_loses_its_connection(

@@ -183,7 +183,7 @@ def test_a_signal_while_the_model_is_loaded_ends_the_process_with_zero() -> None
         assert process.stdout is not None
         assert process.stdout.readline() == "loading\n"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(30) == 0
+        assert process.wait() == 0
 
 
 def test_the_ready_line_of_a_server_with_tls_says_all_that_its_command_takes(
@@ -212,7 +212,7 @@ async def test_a_second_signal_ends_the_process_at_once() -> None:
             process.send_signal(signal.SIGTERM)
             with pytest.raises(ServiceError):
                 await collect(stream)
-        assert await asyncio.to_thread(process.wait, 30) == 128 + signal.SIGTERM
+        assert await asyncio.to_thread(process.wait) == 128 + signal.SIGTERM
 
 
 async def test_streams_are_ended_even_if_the_engine_does_not_abort_them(

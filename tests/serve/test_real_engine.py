@@ -42,24 +42,49 @@ OVERRIDES = (
 QUESTION = [{"role": "user", "content": "What is the capital of France?"}]
 
 
-@pytest.fixture(scope="module")
-def process(smollm2_gguf: Path) -> Iterator[subprocess.Popen[str]]:
-    overrides = [f"model.source={smollm2_gguf}", *OVERRIDES]
-    config = ROOT / "configs" / "smollm2-135m-cpu.yaml"
-    command = [sys.executable, "-c", SERVE, str(config), *overrides]
-    with subprocess.Popen(command, cwd=ROOT, stdout=subprocess.PIPE, text=True) as process:
-        try:
-            yield process
-        finally:
-            process.kill()
+class Serving:
+    """A server that is started when it is asked for, and again when a test has ended it."""
+
+    def __init__(self, *overrides: str):
+        config = ROOT / "configs" / "smollm2-135m-cpu.yaml"
+        self._command = [sys.executable, "-c", SERVE, str(config), *overrides]
+        self._process: subprocess.Popen[str] | None = None
+        self._address = ""
+
+    def process(self) -> tuple[subprocess.Popen[str], str]:
+        """It, ready, and its address."""
+        if self._process is None or self._process.poll() is not None:
+            self.end()
+            pipe = subprocess.PIPE
+            self._process = subprocess.Popen(self._command, cwd=ROOT, stdout=pipe, text=True)
+            assert self._process.stdout is not None
+            line = self._process.stdout.readline()
+            assert line.startswith("Octavo is ready: ")
+            self._address = line.split(" on ")[1].split(". ")[0]
+        return self._process, self._address
+
+    def end(self) -> None:
+        """Kill it, if it runs."""
+        if self._process is not None:
+            self._process.kill()
+            self._process.communicate()
 
 
 @pytest.fixture(scope="module")
-def address(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
-    line = process.stdout.readline()
-    assert line.startswith("Octavo is ready: ")
-    return line.split(" on ")[1].split(". ")[0]
+def serving(smollm2_gguf: Path) -> Iterator[Serving]:
+    serving = Serving(f"model.source={smollm2_gguf}", *OVERRIDES)
+    yield serving
+    serving.end()
+
+
+@pytest.fixture
+def process(serving: Serving) -> subprocess.Popen[str]:
+    return serving.process()[0]
+
+
+@pytest.fixture
+def address(serving: Serving) -> str:
+    return serving.process()[1]
 
 
 async def test_a_question_is_answered_over_the_wire(address: str) -> None:

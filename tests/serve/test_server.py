@@ -213,11 +213,18 @@ async def test_stopping_lets_streams_end_by_themselves(fake: FakeEngine) -> None
 
 
 async def test_stopping_aborts_streams_after_the_grace_and_refuses_new_ones(
-    fake: FakeEngine,
+    fake: FakeEngine, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    server = Server(ServerConfig(port=0, grace=0.3))
+    server = Server(ServerConfig(port=0, grace=0.1))
     await server.start()
     await server.set_engine(fake)
+    wait_idle, may_begin = server._calls.wait_idle, asyncio.Event()
+
+    async def wait_when_it_may(seconds: float) -> bool:
+        await may_begin.wait()  # or a slow test would come when all is over
+        return await wait_idle(seconds)
+
+    monkeypatch.setattr(server._calls, "wait_idle", wait_when_it_may)
     async with AsyncClient(server.address) as client:
         stream = client.generate("forever")
         parts: list[Delta] = [await anext(stream)]
@@ -226,6 +233,7 @@ async def test_stopping_aborts_streams_after_the_grace_and_refuses_new_ones(
             await anext(client.generate("hello"))
         assert refused.value.code is grpc.StatusCode.UNAVAILABLE
         assert await health_of(server.address) == NOT_SERVING
+        may_begin.set()
         with pytest.raises(ServiceError, match="shut down before the answer was") as ended:
             await collect(stream, parts)
         await stop

@@ -83,7 +83,7 @@ class Connection:
 
     def __init__(self, address: str, *, window: int = 65535):
         host, port = address.rsplit(":", 1)
-        self.socket = socket.create_connection((host, int(port)), timeout=10)
+        self.socket = socket.create_connection((host, int(port)), timeout=100)
         self.socket.sendall(PREFACE + settings(window=window))
         self._buffer = b""
 

@@ -654,6 +654,23 @@ def test_a_trial_process_that_reads_nothing_is_given_up(
         trials.try_out(Constraint("regex", "a"))
 
 
+def test_a_trial_process_that_is_slow_to_end_ended_as_it_did(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Its pipes close before it can be waited for, and on a busy machine long before."""
+    lines = (
+        "import os, signal, sys, time",
+        "sys.stdin.readline(), sys.stdin.readline()",
+        "os.close(1)",
+        "time.sleep(1.2)",
+        "os.kill(os.getpid(), signal.SIGPROF)",
+    )
+    (tmp_path / "slow.py").write_text("\n".join(lines))
+    monkeypatch.setattr(grammar_trials, "SCRIPT", tmp_path / "slow.py")
+    with pytest.raises(NoAnswer, match="takes too long to compile"):
+        grammar_trials.Trials([b"a"], [], [0]).try_out(Constraint("regex", "a"))
+
+
 def test_a_lexer_that_is_full_is_that_of_one_request(bytes_model: Model) -> None:
     constraint = Constraint("regex", "(?s:.*)a(?s:.{60})")
     other = bytes_model.follow(constraint)

@@ -160,7 +160,7 @@ def test_ctrl_c_ends_it_without_a_word(server: Server) -> None:
         assert json.loads(process.stdout.readline())
         process.send_signal(signal.SIGINT)
         try:
-            _, said = process.communicate(timeout=60)
+            _, said = process.communicate(timeout=600)
         finally:
             process.kill()  # or it would be waited for without end
         assert (process.returncode, said) == (0, "")

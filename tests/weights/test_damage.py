@@ -18,7 +18,9 @@ SMALL = LLAMA | {"hidden_size": 8, "intermediate_size": 8, "head_dim": 4, "num_h
 MAX_BYTES = 8 * 2**20
 
 many = settings(
-    max_examples=400, deadline=None, suppress_health_check=[HealthCheck.function_scoped_fixture]
+    max_examples=400,
+    deadline=None,
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
 )
 
 

@@ -34,7 +34,7 @@ from tests.runtime import tiny
 VENV = ROOT / ".venv-cluster" / "bin"
 pytestmark = [
     pytest.mark.skipif(not (VENV / "smg").exists(), reason="no gateway: run `make cluster-venv`"),
-    pytest.mark.timeout(600),
+    pytest.mark.timeout(900),
 ]
 SETTINGS = ("server.port=0", "server.kv_events=tokens", "server.public_stats=true")
 
@@ -89,7 +89,7 @@ def write_ascii_tokenizer(model: Path) -> None:
 def ask_openai(gateway: Gateway) -> dict[str, Any]:
     script = Path(__file__).with_name("openai_client.py")
     command = [str(VENV / "python"), str(script), gateway.url]
-    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=300)
+    result = subprocess.run(command, capture_output=True, text=True, check=False, timeout=800)
     assert result.returncode == 0, result.stderr
     return json.loads(result.stdout)
 
@@ -145,7 +145,15 @@ def test_two_workers_serve_as_one_does(two: Gateway, seen: dict[str, Any]) -> No
 
 def test_a_client_that_goes_away_gives_its_blocks_back(one: Gateway, workers: list[Worker]) -> None:
     before = _stats(workers[0]).finished["abort"]
-    connection = http.client.HTTPConnection(urllib.parse.urlsplit(one.url).netloc, timeout=60)
+    while _stats(workers[0]).finished["abort"] == before:  # or the answer was the faster
+        _ask_and_go_away(one)
+        while (stats := _stats(workers[0])).running or stats.waiting:
+            time.sleep(0.02)
+        assert (stats.running, stats.waiting, stats.owned_blocks) == (0, 0, 0)
+
+
+def _ask_and_go_away(one: Gateway) -> None:
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(one.url).netloc, timeout=300)
     body = {"model": _model(one), "messages": _chat("Go on."), "stream": True}
     body |= {"max_completion_tokens": 400, "ignore_eos": True}
     headers = {"Content-Type": "application/json"}
@@ -155,10 +163,6 @@ def test_a_client_that_goes_away_gives_its_blocks_back(one: Gateway, workers: li
     assert response.readline().startswith(b"data: ")
     response.close()
     connection.close()
-    while _stats(workers[0]).finished["abort"] == before:
-        time.sleep(0.02)
-    stats = _stats(workers[0])
-    assert (stats.running, stats.waiting, stats.owned_blocks) == (0, 0, 0)
 
 
 def test_a_request_goes_to_the_worker_that_has_its_prefix(
@@ -179,7 +183,8 @@ def test_what_came_to_a_worker_in_another_way_is_found_there_too(
 ) -> None:
     """The gateway goes by what workers say that they have, and not only by what it sent them."""
     missed = [-1]
-    for wait in (0.5, 2.0, 8.0):  # for the gateway to take in the events; nothing shows that it has
+    # For the gateway to take in the events; nothing shows that it has.
+    for wait in (0.5, 2.0, 8.0, 30.0, 90.0):
         # Eight at one wait: each may be found by chance.
         homes = {_text(round(100 * wait) + n): n % 3 % len(workers) for n in range(8)}
         for text, home in homes.items():
@@ -215,7 +220,7 @@ def _chat(text: str) -> list[dict[str, str]]:
 
 
 def _model(gateway: Gateway) -> str:
-    with urllib.request.urlopen(f"{gateway.url}/v1/models", timeout=30) as response:
+    with urllib.request.urlopen(f"{gateway.url}/v1/models", timeout=300) as response:
         return json.load(response)["data"][0]["id"]
 
 
@@ -237,7 +242,7 @@ def _served_by(gateway: Gateway, workers: list[Worker], text: str) -> tuple[int,
         json.dumps(body).encode(),
         {"Content-Type": "application/json"},
     )
-    with urllib.request.urlopen(request, timeout=60) as response:
+    with urllib.request.urlopen(request, timeout=300) as response:
         usage = json.load(response)["usage"]
     assert usage["completion_tokens"] == 1
     (served,) = [
