@@ -34,8 +34,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
             "server.public_stats": True,
             "server.grace": 1.0,
             # Long enough that no honest request is ended where the machine is busy.
-            "server.reader_timeout": 2.0,
-            "server.step_timeout": 4.0,
+            "server.reader_timeout": 5.0,
+            "server.step_timeout": 8.0,
             "server.max_message": 2**20,
         },
     )

@@ -90,9 +90,18 @@ async def cancel(*tasks: asyncio.Task[None]) -> None:
     await asyncio.gather(*tasks, return_exceptions=True)
 
 
+async def queued(client: AsyncClient, count: int, **given: Any) -> list[asyncio.Task[None]]:
+    """Calls that wait, and do so until `client.resume`, so that none can have ended."""
+    await client.pause()
+    tasks = [begin(client, f"Once {number}", **given) for number in range(count)]
+    await started(client, 0, count)
+    return tasks
+
+
 async def test_cancelled_while_queued(client: AsyncClient) -> None:
-    tasks = [begin(client, f"Once {number}") for number in range(SLOTS + 6)]
-    await started(client, SLOTS, 4)
+    tasks = await queued(client, SLOTS + 6)
+    await cancel(*tasks[:2])
+    await client.resume()  # the first begin to run, and others still wait
     await cancel(*reversed(tasks))
 
 
@@ -326,9 +335,7 @@ def random_json(rng: random.Random) -> dict[str, Any]:
 
 
 async def test_names_that_are_in_use(client: AsyncClient) -> None:
-    first = begin(client, request_id="mine")
-    await started(client, 1)
-    await client.pause()  # so that it doesn't end
+    [first] = await queued(client, 1, request_id="mine")
     for _ in range(often(1000, 20)):
         with pytest.raises(ServiceError) as refused:
             await read(client.generate("Once", request_id="mine"))
@@ -351,35 +358,37 @@ async def test_aborts_again_and_again(client: AsyncClient) -> None:
 
 
 async def test_a_full_queue_says_when_to_come_again(client: AsyncClient) -> None:
+    await client.pause()  # so that it stays full
     tasks = [begin(client, f"Once {number}") for number in range(SLOTS + 64 + 64)]
-    refused: list[ServiceError] = []
-    while not refused:
-        try:
-            await read(client.generate("Once", max_tokens=1))
-        except ServiceError as error:
-            refused.append(error)
-    assert refused[0].code is grpc.StatusCode.RESOURCE_EXHAUSTED
-    assert refused[0].retry_after is not None
-    assert 0.1 <= refused[0].retry_after <= 60
+    ended, _ = await asyncio.wait(tasks, return_when=asyncio.FIRST_COMPLETED)
+    for task in ended:
+        refused = task.exception()
+        assert isinstance(refused, ServiceError)
+        assert refused.code is grpc.StatusCode.RESOURCE_EXHAUSTED
+        assert refused.retry_after is not None
+        assert 0.1 <= refused.retry_after <= 60
+    await client.resume()
     await cancel(*tasks)
 
 
 async def test_steps_that_fail(client: AsyncClient, server: ServerProcess) -> None:
     for _ in range(often(20, 2)):
-        stream = client.generate("Once", ignore_eos=True)
-        await anext(stream)  # a good step, so that they don't fail one after another
+        # A good step, so that they don't fail one after another.
+        await read(client.generate("Once", max_tokens=1))
+        [task] = await queued(client, 1)
         server.fail_a_step()
+        await client.resume()
         with pytest.raises(ServiceError) as failed:
-            await read(stream)
+            await task
         assert failed.value.code is grpc.StatusCode.INTERNAL
         assert await client.is_ready()
 
 
 async def test_a_step_that_hangs(client: AsyncClient, server: ServerProcess) -> None:
     for _ in range(often(5, 1)):
-        tasks = [begin(client, f"Once {number}") for number in range(3)]
-        await started(client, 3)
+        tasks = await queued(client, 3)
         server.hang_or_go_on()
+        await client.resume()
         ended = await asyncio.gather(*tasks, return_exceptions=True)
         codes = {error.code for error in ended if isinstance(error, ServiceError)}
         assert codes == {grpc.StatusCode.UNAVAILABLE}
