@@ -120,6 +120,10 @@ lm-eval: setup ## score SmolLM2 with lm-eval over HTTP, and compare with a direc
 survival: $(READY) ## every attack on a server as often as an attacker would (long)
 	OCTAVO_SURVIVAL=1 $(BIN)/python -m pytest tests/survival --timeout 0 -n 0 $(ARGS)
 
+.PHONY: native
+native: $(READY) ## compile the native code for CPUs, for attention.backend: cpu
+	@$(BIN)/python scripts/build_native.py
+
 .PHONY: soak
 soak: $(READY) ## a server at capacity with failures, every token compared; ARGS="--minutes 30"
 	$(BIN)/python -m benchmarks soak $(ARGS)

@@ -23,7 +23,7 @@ CacheDtype = Literal["float32", "bfloat16", "float8_e4m3fn", "int8"]
 MAX_TIME_TO_LIVE = 10 * 366 * 24 * 3600  # seconds
 Isolation = Literal["domain", "none"]
 Observability = Literal["open", "constant"]
-Backend = Literal["auto", "tpu", "gpu", "xla", "reference"]
+Backend = Literal["auto", "tpu", "gpu", "cpu", "xla", "reference"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,9 +207,9 @@ class AttentionConfig:
     """Which attention kernels.
 
     Attributes:
-      backend: `tpu` and `gpu` (Hopper) are written for their device, `xla` runs on
-        any, `reference` is the slow oracle. `auto` takes the device's own, or else `xla`; it
-        is settled at the start, and a kernel that was asked for and can't run is an error.
+      backend: `tpu`, `gpu` (Hopper) and `cpu` (`make native`) are written for their device, `xla`
+        runs on any, `reference` is the slow oracle. `auto` takes `tpu` or `gpu` there, or else
+        `xla`; it is settled at the start, and what was asked for and can't run is an error.
     """
 
     backend: Backend = "auto"

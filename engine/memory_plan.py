@@ -111,6 +111,8 @@ def cache_width(head_dim: int, backend: Backend) -> int:
     """
     if backend == "gpu":
         return 64 * _ceil_div(head_dim, 64)
+    if backend == "cpu":
+        return 16 * _ceil_div(head_dim, 16)
     if backend in ("tpu", "auto"):
         return 64 if head_dim <= 64 else 128 * _ceil_div(head_dim, 128)
     return head_dim

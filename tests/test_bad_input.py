@@ -65,7 +65,7 @@ def generate(config: Path, *more: object, output: object = None) -> tuple[object
         ("cache.host_memory=-1", ("cache.host_memory is -1", "at least 0")),
         ("cache.host_memory=1", ("cache.host_memory is 1 bytes, but one block", "raise it")),
         ("cache.host_memory=1000TiB", ("but this machine has", "lower it")),
-        ("attention.backend=cuda", ("attention.backend is 'cuda'", "auto, tpu, gpu, xla, ref")),
+        ("attention.backend=cuda", ("attention.backend is 'cuda'", "auto, tpu, gpu, cpu, xla")),
         ("cache.dtype=int4", ("cache.dtype is 'int4'", "float32, bfloat16, float8_e4m3fn, int8")),
         ("model.max_model_len=.nan", ("model.max_model_len",)),
     ],

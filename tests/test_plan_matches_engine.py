@@ -90,7 +90,7 @@ def pool_bytes_on_a_chip(config: Config, arch: Architecture, num_blocks: int) ->
     return math.prod(shard) * jnp.dtype(config.cache_dtype).itemsize
 
 
-@pytest.mark.parametrize("backend", ["tpu", "gpu", "xla", "reference"])
+@pytest.mark.parametrize("backend", ["tpu", "gpu", "cpu", "xla", "reference"])
 @pytest.mark.parametrize("dtype", ["bfloat16", "float32", "int8", "float8_e4m3fn"])
 @pytest.mark.parametrize(("arch", "tensor"), MODELS.values(), ids=MODELS)
 def test_a_chip_s_pool_is_the_shard_the_engine_makes(
@@ -101,7 +101,7 @@ def test_a_chip_s_pool_is_the_shard_the_engine_makes(
     assert made.config_pool_bytes_per_chip == pool_bytes_on_a_chip(config, arch, 100)
 
 
-@pytest.mark.parametrize("backend", ["tpu", "gpu", "xla", "reference"])
+@pytest.mark.parametrize("backend", ["tpu", "gpu", "cpu", "xla", "reference"])
 @pytest.mark.parametrize(("arch", "tensor"), MODELS.values(), ids=MODELS)
 def test_the_pool_takes_no_more_memory_than_was_asked_for_and_no_less_by_a_block(
     arch: Architecture, tensor: int, backend: Backend
@@ -118,7 +118,7 @@ def test_the_pool_takes_no_more_memory_than_was_asked_for_and_no_less_by_a_block
 
 
 def test_a_head_is_as_wide_as_the_kernels_make_it() -> None:
-    backends: tuple[Any, ...] = ("tpu", "gpu", "xla", "reference")
+    backends: tuple[Any, ...] = ("tpu", "gpu", "cpu", "xla", "reference")
     for head_dim in range(1, 513):
         widths = {backend: head_width(head_dim, backend) for backend in backends}
         planned = {backend: memory_plan.cache_width(head_dim, backend) for backend in backends}

@@ -24,6 +24,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from pallas_kernels import native
 from pallas_kernels.paged_attention.layout import (
     Backend,
     Options,
@@ -82,6 +83,10 @@ def resolve_backend(name: str, platform: str, device_kind: str = "") -> Resolved
         refusals["gpu"] = f"{device} is not an NVIDIA GPU"
     elif reason := not_hopper(device):
         refusals["gpu"] = reason
+    if platform != "cpu":
+        refusals["cpu"] = f"{device} is not a CPU"
+    elif name == "cpu" and (reason := native.unavailable()):
+        refusals["cpu"] = reason
 
     if name == "auto":
         for backend in ("tpu", "gpu"):

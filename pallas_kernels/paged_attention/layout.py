@@ -12,7 +12,7 @@ from typing import Any, Literal, NamedTuple
 import jax
 import jax.numpy as jnp
 
-Backend = Literal["tpu", "gpu", "xla", "reference"]
+Backend = Literal["tpu", "gpu", "cpu", "xla", "reference"]
 
 # As in "NVIDIA H100 80GB HBM3", "NVIDIA H20" or "NVIDIA GH200 480GB".
 _HOPPER = re.compile(r"\bG?H\d{2,3}\b")
@@ -79,12 +79,15 @@ def head_width(head_dim: int, backend: Backend) -> int:
     """Elements that a head's keys (and values) take in the pool: `head_dim`, padded.
 
     A TPU moves 128 lanes: keys beside values fill them at 64, and above 64 each of the two
-    starts at a whole tile. Hopper's matrix units and its 128-byte swizzle take 64 at a time.
+    starts at a whole tile. Hopper's matrix units and its 128-byte swizzle take 64 at a time, a
+    CPU's vectors 16.
     """
     if backend == "tpu":
         return 64 if head_dim <= 64 else _round_up(head_dim, 128)
     if backend == "gpu":
         return _round_up(head_dim, 64)
+    if backend == "cpu":
+        return _round_up(head_dim, 16)
     return head_dim
 
 
@@ -109,7 +112,7 @@ def kv_pool_dtype(cache_dtype: Any, backend: Backend) -> jnp.dtype:
     would convert the whole pool to a wider dtype and back at each of the two.
     """
     dtype = jnp.dtype(cache_dtype)
-    if backend in ("xla", "reference") and dtype == jnp.float8_e4m3fn:
+    if backend in ("cpu", "xla", "reference") and dtype == jnp.float8_e4m3fn:
         return jnp.dtype(jnp.uint8)
     return dtype
 

@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import ml_dtypes
 import numpy as np
 
+from pallas_kernels import native
 from pallas_kernels import paged_attention as pa
 
 Program = Callable[..., tuple[jax.Array, jax.Array]]
@@ -53,6 +54,10 @@ FEATURES: dict[str, dict[str, Any]] = {
     },
     "int8 with everything": {"pool_dtype": "int8", "window": 9, "softcap": 3.0, "sinks": True},
 }
+
+
+# Where native code was compiled, and the processor runs it.
+NATIVE: tuple[pa.Backend, ...] = () if native.unavailable() else ("cpu",)
 
 
 @dataclasses.dataclass(frozen=True)

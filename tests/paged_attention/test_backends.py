@@ -52,11 +52,12 @@ def test_a_backend_is_what_was_asked_for_or_the_best_one(
 @pytest.mark.parametrize(
     ("name", "platform", "device_kind", "message"),
     [
-        ("flash", "cpu", "cpu", "'flash' is not one of auto, tpu, gpu, xla, reference"),
+        ("flash", "cpu", "cpu", "'flash' is not one of auto, tpu, gpu, cpu, xla, reference"),
         ("tpu", "cpu", "cpu", "'tpu' can't run: cpu is not a TPU; take auto, or xla"),
         ("tpu", "gpu", "NVIDIA H100", "NVIDIA H100 is not a TPU"),
         ("gpu", "cpu", "", "'gpu' can't run: cpu is not an NVIDIA GPU; take auto, or xla"),
         ("gpu", "tpu", "TPU v4", "TPU v4 is not an NVIDIA GPU"),
+        ("cpu", "tpu", "TPU v4", "TPU v4 is not a CPU"),
         ("gpu", "gpu", "NVIDIA A100-PCIE-40GB", "not a Hopper GPU.*; take auto, or xla"),
     ],
 )
@@ -109,13 +110,17 @@ def test_what_no_backend_supports_is_refused_with_what_is(
 
 
 @pytest.mark.parametrize(
-    ("head_dim", "tpu", "gpu"),
-    [(8, 64, 64), (64, 64, 64), (80, 128, 128), (96, 128, 128), (128, 128, 128), (256, 256, 256)],
+    ("head_dim", "tpu", "gpu", "cpu"),
+    [
+        *((8, 64, 64, 16), (64, 64, 64, 64), (80, 128, 128, 80), (96, 128, 128, 96)),
+        *((100, 128, 128, 112), (128, 128, 128, 128), (256, 256, 256, 256)),
+    ],
 )
 def test_each_backend_says_how_wide_a_head_lies_in_the_pool(
-    head_dim: int, tpu: int, gpu: int
+    head_dim: int, tpu: int, gpu: int, cpu: int
 ) -> None:
-    sizes: dict[pa.Backend, int] = {"tpu": tpu, "gpu": gpu, "xla": head_dim, "reference": head_dim}
+    sizes: dict[pa.Backend, int] = {"tpu": tpu, "gpu": gpu, "cpu": cpu}
+    sizes |= {"xla": head_dim, "reference": head_dim}
     for backend, width in sizes.items():
         shape = pa.kv_pool_shape(
             num_layers=3,

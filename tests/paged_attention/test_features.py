@@ -17,6 +17,7 @@ from pallas_kernels import paged_attention as pa
 from pallas_kernels.paged_attention import xla
 from tests.paged_attention.oracle import (
     FEATURES,
+    NATIVE,
     NUMPY_DTYPE,
     Program,
     bits,
@@ -29,7 +30,7 @@ from tests.paged_attention.oracle import (
 )
 from tests.paged_attention.random_batches import MAX_LENGTH, batches, random_case, shrink_tiles
 
-BACKENDS: tuple[pa.Backend, ...] = ("xla", "reference")
+BACKENDS: tuple[pa.Backend, ...] = ("xla", "reference", *NATIVE)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -85,7 +86,7 @@ def test_a_promise_of_decodes_only_leaves_the_tiles_out() -> None:
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_a_window_may_be_a_number_or_differ_by_layer_of_a_scan(backend: pa.Backend) -> None:
-    case = make_case([(1, 40), (6, 10)])
+    case = make_case([(1, 40), (6, 10)], head_dim=16)
     work = pa.prepare(case.ragged(), block_size=8, max_query_len=7, backend=backend)
     windows = (3, 19, 50)
 

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from pallas_kernels import paged_attention as pa
 from pallas_kernels.paged_attention import xla
 from tests.paged_attention.oracle import (
+    NATIVE,
     Case,
     Program,
     bits,
@@ -26,7 +27,7 @@ from tests.paged_attention.oracle import (
 )
 from tests.paged_attention.random_batches import batches, random_case, shrink_tiles
 
-BACKENDS: tuple[pa.Backend, ...] = ("xla", "reference")
+BACKENDS: tuple[pa.Backend, ...] = ("xla", "reference", *NATIVE)
 HEAD_DIMS, RATIOS = (8, 64, 80, 128), (1, 3, 4, 8)
 BLOCK_SIZES, DTYPES = (8, 16, 32, 64, 128, 256), ("float32", "bfloat16")
 

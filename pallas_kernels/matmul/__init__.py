@@ -1,0 +1,132 @@
+"""Products of a step's rows with the weights of one layer out of a stack.
+
+``matmul`` is the one entry point. Backends: ``reference`` (the oracle, in float32), ``xla`` (any
+device) and ``cpu`` (native code, bfloat16, for x86-64: weights packed once, no thread pool but
+XLA's). ``pack`` gives weights the layout that a backend wants.
+
+Shapes: M rows, K depth, N columns, L layers of a stack.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+
+from pallas_kernels import native
+
+__all__ = [
+    "Backend",
+    "Resolved",
+    "embed",
+    "matmul",
+    "pack",
+    "pack_table",
+    "resolve_backend",
+    "scores",
+]
+
+Backend = Literal["reference", "xla", "cpu"]
+
+
+class Resolved(NamedTuple):
+    """The backend that runs, and why it is this one: a phrase to print beside its name."""
+
+    backend: Backend
+    reason: str
+
+
+def resolve_backend(
+    name: str,
+    platform: str,
+    *,
+    num_devices: int = 1,
+    dtype: str = "bfloat16",
+    shapes: Sequence[tuple[int, int]] = (),
+) -> Resolved:
+    """The backend that `name` means for a model on a device.
+
+    Args:
+      name: a backend, or "auto": xla.
+      platform: as `jax.default_backend()` says it: "cpu", "gpu" or "tpu".
+      num_devices: that the weights are split over.
+      dtype: of the weights.
+      shapes: (K, N) of every matrix.
+
+    Raises:
+      ValueError: the backend does not exist or can't run there. Nothing falls back in silence.
+    """
+    if name not in ("auto", *get_args(Backend)):
+        raise ValueError(
+            f"matmul backend {name!r} is not one of auto, {', '.join(get_args(Backend))}"
+        )
+    if name == "auto":
+        return Resolved("xla", "the one for any device")
+    if name in ("reference", "xla"):
+        return Resolved(name, "as asked for")  # type: ignore[bad-argument-type]
+    if platform != "cpu":
+        refusal = f"the device is a {platform}"
+    elif num_devices > 1:
+        refusal = f"weights are split over {num_devices} devices"
+    else:
+        refusal = _module("cpu").unsupported(dtype, shapes)
+    if refusal is None:
+        return Resolved("cpu", native.instructions())
+    raise ValueError(
+        f"matmul backend 'cpu' can't run: {refusal}; take auto, or xla, which runs on any device"
+    )
+
+
+def pack(matrices: jax.Array, backend: Backend) -> jax.Array:
+    """Matrices [..., K, N] as a backend wants them; `matmul` takes stacks of the result."""
+    return _module(backend).pack(matrices)
+
+
+def pack_table(table_VD: jax.Array, backend: Backend) -> jax.Array:
+    """Embeddings that are the output projection too; `embed` and `scores` take the result."""
+    return _module(backend).pack_table(table_VD)
+
+
+def embed(table: jax.Array, token_ids: jax.Array, backend: Backend) -> jax.Array:
+    """Rows of a packed table, [T, D]."""
+    return _module(backend).embed(table, token_ids)
+
+
+def scores(x_MD: jax.Array, table: jax.Array, backend: Backend) -> jax.Array:
+    """x times a packed table's transpose, float32[M, V]."""
+    return _module(backend).scores(x_MD, table)
+
+
+def matmul(
+    x_MK: jax.Array,
+    stacks: Sequence[jax.Array],
+    layer: jax.Array | int,
+    *,
+    backend: Backend,
+    dtype: Any = None,
+) -> tuple[jax.Array, ...]:
+    """x @ stack[layer] for each of several stacks, summed in float32.
+
+    Products of one x go in one call, which has more to share among threads.
+
+    Args:
+      x_MK: in the weights' dtype.
+      stacks: [L, …], each matrix from `pack` by the same backend; K is that of x.
+      layer: int32[], which of each stack.
+      backend: from `resolve_backend`.
+      dtype: of the results, float32 or bfloat16; by default that of x.
+
+    Returns:
+      [M, N] for each stack, its own N.
+    """
+    layer = jnp.asarray(layer, jnp.int32)
+    dtype = jnp.dtype(x_MK.dtype if dtype is None else dtype)
+    return tuple(_module(backend).matmul(x_MK, stacks, layer, dtype))
+
+
+def _module(backend: Backend) -> Any:
+    # A backend is imported when it is used: native code is loaded then.
+    return importlib.import_module(f"pallas_kernels.matmul.{backend}")

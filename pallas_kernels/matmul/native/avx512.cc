@@ -1,0 +1,70 @@
+// AVX512-BF16: `vdpbf16ps` multiplies 16 columns by a pair of a row's entries.
+
+#include <immintrin.h>
+
+#include <cstdint>
+#include <cstring>
+
+#include "product.h"
+
+namespace octavo {
+namespace {
+
+void Store(const Product& p, int64_t row, int64_t block, __m512 sums) {
+  int64_t at = row * p.columns + block * kColumns;
+  if (p.is_float32) {
+    _mm512_storeu_ps(static_cast<float*>(p.y) + at, sums);
+  } else {
+    __m256bh rounded = _mm512_cvtneps_pbh(sums);
+    memcpy(static_cast<uint16_t*>(p.y) + at, &rounded, sizeof rounded);
+  }
+}
+
+// Some rows by two blocks of columns, or by one: as many sums as hide the latency of a product.
+template <int kRows, int kBlocks>
+void Tile(const Product& p, int64_t row, int64_t block) {
+  __m512 sums[kRows][kBlocks];
+  for (auto& of_row : sums) {
+    for (auto& sum : of_row) sum = _mm512_setzero_ps();
+  }
+  const uint16_t* x = p.x + row * p.depth;
+  const uint16_t* w = p.w + block * kColumns * p.depth;
+  for (int64_t k = 0; k < p.depth; k += 2, w += 2 * kColumns) {
+    __m512bh columns[kBlocks];
+    for (int b = 0; b < kBlocks; ++b) {
+      columns[b] = (__m512bh)_mm512_loadu_si512(w + b * kColumns * p.depth);
+    }
+    for (int m = 0; m < kRows; ++m) {
+      int32_t pair;
+      memcpy(&pair, x + m * p.depth + k, sizeof pair);
+      __m512bh entries = (__m512bh)_mm512_set1_epi32(pair);
+      for (int b = 0; b < kBlocks; ++b) {
+        sums[m][b] = _mm512_dpbf16_ps(sums[m][b], entries, columns[b]);
+      }
+    }
+  }
+  for (int m = 0; m < kRows; ++m) {
+    for (int b = 0; b < kBlocks; ++b) Store(p, row + m, block + b, sums[m][b]);
+  }
+}
+
+template <int kBlocks>
+void Rows(const Product& p, int64_t block) {
+  int64_t row = 0;
+  for (; row + 8 <= p.rows; row += 8) Tile<8, kBlocks>(p, row, block);
+  for (; row + 4 <= p.rows; row += 4) Tile<4, kBlocks>(p, row, block);
+  for (; row < p.rows; ++row) Tile<1, kBlocks>(p, row, block);
+}
+
+}  // namespace
+
+void MultiplyAvx512(const Product& p, int64_t first, int64_t last) {
+  int64_t block = first;
+  if (p.rows == 1) {  // each sum waits for the one before it: more of them at once
+    for (; block + 8 <= last; block += 8) Tile<1, 8>(p, 0, block);
+  }
+  for (; block + 2 <= last; block += 2) Rows<2>(p, block);
+  if (block < last) Rows<1>(p, block);
+}
+
+}  // namespace octavo

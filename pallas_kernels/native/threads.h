@@ -1,0 +1,46 @@
+// Work shared with XLA's own threads: no pool of ours competes with theirs for the cores.
+
+#pragma once
+
+#include <atomic>
+#include <cstdint>
+#include <memory>
+#include <utility>
+
+#include "xla/ffi/api/ffi.h"
+
+namespace octavo {
+
+inline void Pause() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+// Calls work(i) once for each i of [0, count), on this thread and on those of the pool that come
+// before it is done. A thread that comes late finds nothing left, so nobody waits for it: a pool
+// whose threads are all busy costs no more than one thread does.
+template <typename Work>
+void ParallelFor(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
+  struct Shared {
+    std::atomic<int64_t> next{0};
+    std::atomic<int64_t> done{0};
+  };
+  // A late thread may look at it after this function has returned; at `work` it does not.
+  auto shared = std::make_shared<Shared>();
+  auto take = [shared, count, &work] {
+    for (int64_t i; (i = shared->next.fetch_add(1, std::memory_order_relaxed)) < count;) {
+      work(i);
+      shared->done.fetch_add(1, std::memory_order_release);
+    }
+  };
+  int64_t helpers = pool.num_threads() - 1;
+  if (helpers > count - 1) helpers = count - 1;
+  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(take));
+  take();
+  while (shared->done.load(std::memory_order_acquire) < count) Pause();
+}
+
+}  // namespace octavo

@@ -1,0 +1,77 @@
+"""Paged attention in native code for CPUs: it reads each context where it lies.
+
+XLA's way gathers a context's blocks before it computes with them, and makes a dozen small
+operations of each step of the softmax. Here a step's keys and values are written and its tokens
+attend in one call, on XLA's own threads. Scores, softmax and sums are float32, and so are products:
+values are widened as they are read.
+"""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from pallas_kernels import native
+from pallas_kernels.paged_attention.layout import Options, Ragged, Shape
+
+MAX_HEAD_DIM = 256
+_NO_WINDOW = np.int32(np.iinfo(np.int32).max)
+
+
+class Work(NamedTuple):
+    """A batch as it is: native code sorts it out."""
+
+    ragged: Ragged
+
+
+def unsupported(shape: Shape, device_kind: str) -> str | None:
+    """See `check_supported`."""
+    del device_kind
+    if shape.head_dim > MAX_HEAD_DIM:
+        return f"head dim {shape.head_dim} is above {MAX_HEAD_DIM}; set attention.backend to xla"
+    return None
+
+
+def prepare(ragged: Ragged, *, block_size: int, max_query_len: int) -> Work:
+    """Nothing is derived."""
+    del block_size, max_query_len
+    return Work(ragged)
+
+
+def attend(
+    q: jax.Array,
+    kv_new: jax.Array,
+    kv_pool: jax.Array,
+    work: Work,
+    first_block: jax.Array,
+    options: Options,
+    instructions: str = native.INSTRUCTIONS[-1],
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.paged_attention.paged_attention`; `instructions` are the most that it may
+    use."""
+    native.load()
+    ragged = work.ragged
+    window = _NO_WINDOW if options.window is None else options.window
+    nothing = jnp.zeros(0, jnp.float32)
+    floats = (options.sinks, options.k_scales, options.v_scales)
+    results = [jax.ShapeDtypeStruct(array.shape, array.dtype) for array in (q, kv_pool)]
+    call = jax.ffi.ffi_call("octavo_attention", results, input_output_aliases={2: 1})
+    out, kv_pool = call(
+        q,
+        kv_new,
+        kv_pool,
+        ragged.token_rows,
+        ragged.positions,
+        ragged.query_starts,
+        ragged.block_tables,
+        jnp.asarray(first_block, jnp.int32),
+        jnp.asarray(window, jnp.int32),
+        *(nothing if value is None else value for value in floats),
+        scale=np.float32(options.scale),
+        softcap=np.float32(options.softcap or 0.0),
+        most=np.int32(native.INSTRUCTIONS.index(instructions)),
+    )
+    return out, kv_pool

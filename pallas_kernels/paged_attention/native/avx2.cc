@@ -1,0 +1,3 @@
+// AVX2 and FMA.
+#define ATTEND AttendAvx2
+#include "attend.inc"

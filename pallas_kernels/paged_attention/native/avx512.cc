@@ -1,0 +1,3 @@
+// AVX512.
+#define ATTEND AttendAvx512
+#include "attend.inc"

@@ -1,0 +1,3 @@
+// For any processor.
+#define ATTEND AttendPortable
+#include "attend.inc"
