@@ -131,8 +131,10 @@ async def test_cancelled_with_several_sequences(client: AsyncClient, fields: Any
         fields = {**fields, "stop_token_ids": ()}
     for number in range(often(50, 4)):
         task = begin(client, [*LONG, number], **fields)
-        await (started(client, 2) if number % 2 else asyncio.sleep(0.002 * number))
-        await cancel(task)
+        moment = started(client, 2) if number % 2 else asyncio.sleep(0.002 * number)
+        both = (task, asyncio.ensure_future(moment))
+        await asyncio.wait(both, return_when=asyncio.FIRST_COMPLETED)  # it may end by itself
+        await cancel(*both)
 
 
 async def test_cancelled_while_blocks_are_read_from_disk(client: AsyncClient) -> None:
