@@ -67,7 +67,7 @@ def resolve_backend(name: str, platform: str, device_kind: str = "") -> Resolved
     """The backend that `name` means on a device.
 
     Args:
-      name: a backend, or "auto": the device's own kernels, or else xla.
+      name: a backend, or "auto": a TPU's or GPU's own kernels, or else xla.
       platform: as `jax.default_backend()` says it: "cpu", "gpu" or "tpu".
       device_kind: as `jax.devices()[0].device_kind` says it.
 
