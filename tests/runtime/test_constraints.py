@@ -47,11 +47,6 @@ class Script:
 
 
 @pytest.fixture
-def runner() -> FakeRunner:
-    return FakeRunner()
-
-
-@pytest.fixture
 def running(runner: FakeRunner) -> Iterator[tuple[EngineLoop, Listener]]:
     engine_loop, listener = start_loop(runner)
     yield engine_loop, listener

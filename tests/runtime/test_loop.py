@@ -6,7 +6,7 @@ import dataclasses
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import Future
 from pathlib import Path
 from typing import Any
@@ -41,19 +41,6 @@ ABORT, DEADLINE, ERROR, LENGTH = (
     FinishReason.LENGTH,
 )
 FOREVER = LIMITS.max_model_len - 8  # tokens; steps wait at the gate in the tests that use it
-
-
-@pytest.fixture
-def runner() -> FakeRunner:
-    return FakeRunner()
-
-
-@pytest.fixture
-def running(runner: FakeRunner) -> Iterator[tuple[EngineLoop, Listener]]:
-    engine_loop, listener = start_loop(runner)
-    yield engine_loop, listener
-    runner.gate.set()
-    engine_loop.close()
 
 
 @pytest.fixture(autouse=True)

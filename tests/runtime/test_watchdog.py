@@ -21,7 +21,7 @@ from engine.runtime.news import Rejected
 from engine.runtime.watchdog import Pulse, Watchdog, report
 from engine.types import FinishReason, StepOutput
 from tests.engines import make_request
-from tests.runtime.fake_runner import LIMITS, FakeRunner, Listener, expected_tokens, start_loop
+from tests.runtime.fake_runner import LIMITS, FakeRunner, Listener, expected_tokens
 from tests.runtime.test_loop import assert_idle, until
 
 DEADLINE, ERROR, LENGTH = FinishReason.DEADLINE, FinishReason.ERROR, FinishReason.LENGTH
@@ -33,19 +33,6 @@ def _quiet(caplog: pytest.LogCaptureFixture) -> None:
     """Failures on purpose don't fill the output."""
     for name in ("loop", "watchdog"):
         caplog.set_level(logging.CRITICAL + 1, f"engine.runtime.{name}")
-
-
-@pytest.fixture
-def runner() -> FakeRunner:
-    return FakeRunner()
-
-
-@pytest.fixture
-def running(runner: FakeRunner) -> Iterator[tuple[EngineLoop, Listener]]:
-    engine_loop, listener = start_loop(runner)
-    yield engine_loop, listener
-    runner.gate.set()
-    engine_loop.close()
 
 
 Watch = Callable[..., Watchdog]
