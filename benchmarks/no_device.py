@@ -82,6 +82,7 @@ def load(config: Config, seconds: float) -> LoadedEngine:
         config=config,
         name=config.model.name,
         architecture=architecture,
+        products="none",
         attention="none",
         tokenizer=tokenizer,
         eos_token_ids=ends,

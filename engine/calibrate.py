@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from engine.backends import check_attention, resolve_attention
 from engine.config import (
     CACHE_DTYPE_BYTES,
     Architecture,
@@ -32,7 +33,7 @@ from engine.core.limits import Limits
 from engine.core.scheduler import SchedulerState
 from engine.generate import LineError, parse_line, replacing
 from engine.llm import AnyPrompt, as_prompt
-from engine.loading import check_attention, load_engine, resolve_attention
+from engine.loading import load_engine
 from engine.resolve import Resolver
 from engine.runtime.runner import Runner
 from engine.sampling import InvalidRequest, SamplingParams

@@ -24,6 +24,7 @@ MAX_TIME_TO_LIVE = 10 * 366 * 24 * 3600  # seconds
 Isolation = Literal["domain", "none"]
 Observability = Literal["open", "constant"]
 Backend = Literal["auto", "tpu", "gpu", "cpu", "xla", "reference"]
+MatmulBackend = Literal["auto", "cpu", "xla", "reference"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -207,12 +208,25 @@ class AttentionConfig:
     """Which attention kernels.
 
     Attributes:
-      backend: `tpu`, `gpu` (Hopper) and `cpu` (`make native`) are written for their device, `xla`
-        runs on any, `reference` is the slow oracle. `auto` takes `tpu` or `gpu` there, or else
+      backend: `tpu`, `gpu` (Hopper) and `cpu` (native code) are written for their device, `xla`
+        runs on any, `reference` is the slow oracle. `auto` takes the device's own, or else
         `xla`; it is settled at the start, and what was asked for and can't run is an error.
     """
 
     backend: Backend = "auto"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class MatmulConfig:
+    """What multiplies with the weights.
+
+    Attributes:
+      backend: `xla` is the compiler's own, on any device; `cpu` is native code for bfloat16 on
+        x86-64, with weights packed when they are loaded; `reference` is the slow oracle. `auto`
+        takes `cpu` where that runs, or else `xla`.
+    """
+
+    backend: MatmulBackend = "auto"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -229,6 +243,7 @@ class Config:
     scheduler: SchedulerConfig = SchedulerConfig()
     buckets: BucketConfig = BucketConfig()
     attention: AttentionConfig = AttentionConfig()
+    matmul: MatmulConfig = MatmulConfig()
     server: ServerConfig = dataclasses.field(default_factory=ServerConfig)
     compile_cache: str = "~/.cache/octavo/compiled"
     path: str = ""

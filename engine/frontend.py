@@ -309,6 +309,7 @@ class Engine:
             name=loaded.name,
             architecture=loaded.architecture,
             attention=loaded.attention,
+            products=loaded.products,
             dtype=self.config.model.dtype,
             max_model_len=loaded.limits.max_model_len,
             eos_token_ids=loaded.eos_token_ids,

@@ -17,20 +17,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.experimental.compilation_cache import compilation_cache
+from jax.sharding import Mesh
 
+from engine.backends import (
+    check_attention,
+    describe,
+    device_kind,
+    resolve_attention,
+    resolve_products,
+)
 from engine.config import Architecture, Backend, Config, ConfigError, resolve_source
 from engine.core.buckets import bucket_set
 from engine.core.costs import keeping_pays
 from engine.core.limits import Limits
 from engine.memory_plan import config_blocks, host_blocks, kv_copies
-from engine.model.attention import (
-    Attention,
-    Resolved,
-    Shape,
-    check_supported,
-    resolve_backend,
-)
-from engine.model.decoder import abstract_decoder
+from engine.model.attention import Attention
+from engine.model.decoder import Decoder, abstract_decoder
+from engine.model.products import Products
 from engine.model.sampler import MAX_STOP_IDS
 from engine.runtime import compiles
 from engine.runtime.disk_tier import DiskTier
@@ -55,13 +58,14 @@ class LoadedEngine:
     """Everything an engine needs.
 
     `architecture` is the model's own: the runner's has each KV head as often as chips hold it.
-    `attention` says which kernels run, and why where that may surprise.
+    `attention` and `products` say which kernels run, and why where that may surprise.
     """
 
     config: Config
     name: str
     architecture: Architecture
     attention: str
+    products: str
     tokenizer: Tokenizer
     eos_token_ids: tuple[int, ...]
     weights_fingerprint: str
@@ -95,15 +99,14 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     mesh = make_mesh(config.mesh, arch)
     check_attention(config, arch, resolved.backend)
     copies = kv_copies(arch, config.mesh.tensor)
-    disk = open_disk_tier(config, limits, with_kv_copies(arch, copies), resolved.backend)
-    model = abstract_decoder(with_kv_copies(arch, copies), jnp.dtype(config.model.dtype))
+    held = with_kv_copies(arch, copies)
+    multiplied = resolve_products(config, held)
+    disk = open_disk_tier(config, limits, held, resolved.backend, multiplied.backend)
+    model = abstract_decoder(held, jnp.dtype(config.model.dtype), Products(multiplied.backend))
     shape = runner_shape(config, limits)
     with enough_memory("the weights don't fit", "raise mesh.tensor or set model.dtype to bfloat16"):
-        weights = load_params(
-            checkpoint,
-            weight_shardings(model, mesh),
-            functools.partial(show, "Loading weights"),
-            kv_copies=copies,
+        weights = read_weights(
+            checkpoint, model, mesh, copies, functools.partial(show, "Loading weights")
         )
     attention = Attention(resolved.backend, mesh)
     if scales is not None:
@@ -132,10 +135,11 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
                 "empty; leave cache.host_memory out"
             )
     log.info(
-        "%s: attention %s (%s) on %s, %d blocks of %d tokens in %s, buckets %s",
+        "%s: attention %s (%s), products %s (%s) on %s, %d blocks of %d tokens in %s, buckets %s",
         checkpoint.format,
-        *resolved,
-        _device_kind(),
+        *resolved[:2],
+        *multiplied[:2],
+        device_kind(),
         limits.num_blocks,
         limits.block_size,
         config.cache_dtype,
@@ -146,6 +150,7 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
         name=_name(config),
         architecture=arch,
         attention=describe(resolved, config.attention.backend),
+        products=describe(multiplied, config.matmul.backend),
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
         weights_fingerprint=checkpoint.fingerprint,
@@ -157,55 +162,27 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     )
 
 
-def resolve_attention(config: Config) -> Resolved:
-    """Which attention kernels the config means on this machine, and why.
+def read_weights(
+    checkpoint: Checkpoint,
+    model: Decoder,
+    mesh: Mesh,
+    kv_copies: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> dict[str, jax.Array]:
+    """A model's weights on its mesh, packed as its products want them.
+
+    Args:
+      checkpoint: of the model.
+      model: abstract.
+      mesh: where its weights go.
+      kv_copies: of each KV head, as the model has them.
+      progress: called with bytes read and bytes in all.
 
     Raises:
-      ConfigError: those that were asked for can't run here.
+      WeightsError: they can't be read.
     """
-    try:
-        return resolve_backend(config.attention.backend, jax.default_backend(), _device_kind())
-    except ValueError as error:
-        raise ConfigError(f"attention.backend: {error}") from None
-
-
-def describe(resolved: Resolved, asked: Backend) -> str:
-    """The kernels' name, and the reason where `auto` didn't find what the device's owner hopes
-    for: an accelerator that its own kernels don't run on."""
-    is_fallback = asked == "auto" and resolved.backend == "xla" and jax.default_backend() != "cpu"
-    return f"{resolved.backend}, as {resolved.reason}" if is_fallback else resolved.backend
-
-
-def check_attention(config: Config, arch: Architecture, backend: Backend) -> None:
-    """Refuse what the kernels can't compute, before weights are read and programs compiled.
-
-    Raises:
-      ConfigError: with what is supported instead.
-    """
-    assert backend != "auto"
-    tensor = config.mesh.tensor
-    shape = Shape(
-        num_heads=arch.num_heads // tensor,
-        num_kv_heads=arch.num_kv_heads * kv_copies(arch, tensor) // tensor,
-        head_dim=arch.head_dim,
-        block_size=config.cache.block_size,
-        dtype=config.model.dtype,
-        cache_dtype=config.cache_dtype,
-    )
-    try:
-        check_supported(shape, backend, _device_kind())
-    except ValueError as error:
-        is_named = "xla" in str(error)
-        way_out = "" if is_named or not _xla_takes(shape) else "; or set attention.backend to xla"
-        raise ConfigError(f"{error}{way_out}") from None
-
-
-def _xla_takes(shape: Shape) -> bool:
-    try:
-        check_supported(shape, "xla")
-    except ValueError:
-        return False
-    return True
+    placed = weight_shardings(model, mesh)
+    return model.products.pack(load_params(checkpoint, placed, progress, kv_copies=kv_copies))
 
 
 def make_limits(
@@ -343,13 +320,8 @@ def enough_memory(problem: str, way_out: str) -> Iterator[None]:
             raise
         reason = str(error).splitlines()[0]
         raise ConfigError(
-            f"{problem} in the memory of {_device_kind()} ({reason:.300}); {way_out}"
+            f"{problem} in the memory of {device_kind()} ({reason:.300}); {way_out}"
         ) from error
-
-
-def _device_kind() -> str:
-    """The device's name, such as `TPU v5 lite` or `NVIDIA H100 80GB HBM3`."""
-    return jax.devices()[0].device_kind
 
 
 def _name(config: Config) -> str:

@@ -17,13 +17,13 @@ from engine.loading import (
     LoadedEngine,
     enough_memory,
     eos_token_ids_of,
-    resolve_attention,
+    read_weights,
     tokenizer_of,
 )
 from engine.memory_plan import kv_copies
 from engine.runtime.disk_tier import DiskTier
 from engine.runtime.tiers import Tiers, open_disk_tier
-from engine.weights import load_params, open_checkpoint, with_kv_copies
+from engine.weights import open_checkpoint, with_kv_copies
 
 if TYPE_CHECKING:
     from engine.runtime.loop import EngineLoop
@@ -113,15 +113,12 @@ def read_again(loaded: LoadedEngine) -> ReadyWeights | None:
             "running server can't exchange; start a new server for them"
         )
     copies = kv_copies(loaded.architecture, config.mesh.tensor)
-    wanted = {
-        name: jax.ShapeDtypeStruct(array.shape, array.dtype, sharding=array.sharding)
-        for name, array in loaded.runner.weights.items()
-    }
+    runner = loaded.runner
     with enough_memory(
         "the new weights don't fit beside the old ones",
         "restart the server instead, or leave as much memory free as the weights take",
     ):
-        weights = load_params(checkpoint, wanted, kv_copies=copies)
+        weights = read_weights(checkpoint, runner.model, runner.mesh, copies)
         jax.block_until_ready(weights)
     old = loaded.limits.fingerprint
     limits = dataclasses.replace(
@@ -129,7 +126,7 @@ def read_again(loaded: LoadedEngine) -> ReadyWeights | None:
         fingerprint=checkpoint.fingerprint + old.removeprefix(loaded.weights_fingerprint),
     )
     arch = with_kv_copies(loaded.architecture, copies)
-    disk = open_disk_tier(config, limits, arch, resolve_attention(config).backend)
+    disk = open_disk_tier(config, limits, arch, *runner.backends)
     return ReadyWeights(weights, limits, checkpoint.fingerprint, disk)
 
 

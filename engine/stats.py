@@ -16,11 +16,12 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class ModelInfo:
-    """Which model an engine serves, and by which attention kernels."""
+    """Which model an engine serves, and by which kernels."""
 
     name: str
     architecture: Architecture
     attention: str
+    products: str
     dtype: str
     max_model_len: int
     eos_token_ids: tuple[int, ...]

@@ -38,7 +38,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "text": {"types", "config"},
     "model": {"types", "config", "core", "weights"},
     "runtime": BELOW_SERVE - {"text"},
-    "loading": BELOW_SERVE,  # from a config to a warm runner
+    "backends": {"config", "memory_plan", "model"},
+    "loading": BELOW_SERVE | {"backends"},  # from a config to a warm runner
     "public_prefixes": {"types", "config", "runtime", "text"},
     "replay_tables": {"types", "core", "runtime"},
     "resolve": {"types", "config", "core", "text"},
@@ -56,14 +57,15 @@ MAY_IMPORT: dict[str, set[str]] = {
     | {"resolve", "stats", "streams"},
     "llm": BELOW_SERVE | {"config_file", "loading", "frontend", "streams"},
     "generate": {"types", "llm"},
-    "calibrate": BELOW_SERVE | {"loading", "resolve", "llm", "generate"},
+    "calibrate": BELOW_SERVE | {"backends", "loading", "resolve", "llm", "generate"},
     "dashboard": {"types", "core"},
     "simulate": {"types", "config_file", "core", "progress", "dashboard"},
     "leakcheck": {"rpc", "progress", "credentials", "__init__"},
     "replay_page": {"types", "core", "runtime", "dashboard"},
     "event_loop": set(),
     "progress": set(),
-    "aot": BELOW_SERVE | {"config_file", "loading"},  # compiles what `loading` would start
+    "aot": BELOW_SERVE
+    | {"backends", "config_file", "loading"},  # compiles what `loading` would start
     "rpc": set(),
     # __init__ holds the version.
     "serve": BELOW_SERVE
@@ -247,11 +249,11 @@ def test_the_path_from_request_to_token_reads_in_an_hour() -> None:
     # swapping, what may stay in the cache and for whom, sharing that can't be observed, beams,
     # shapes that are chosen at the start, what is only looked at, and an exchange of the weights;
     # and the checks of what a client asks for, also in engine/sampling.py. Of the model,
-    # log-probabilities of prompts.
+    # log-probabilities of prompts, and how products reach their kernels.
     beside = ("contiguous.py", "host_tier.py", "restoring.py", "forecast.py", "costs.py")
     beside += ("retention.py", "expiries.py", "public.py", "upkeep.py", "merging.py", "beams.py")
     beside += ("buckets.py", "inspection.py", "admission.py", "picture.py", "reloading.py")
-    beside += ("journal.py", "prompt_logprobs.py")
+    beside += ("journal.py", "prompt_logprobs.py", "products.py")
     path = [file for file in path if file.name not in beside]
     path += [ROOT / "engine" / "runtime" / name for name in ("runner.py", "step.py")]
     assert sum(len(file.read_text().splitlines()) for file in path) < MAX_LINES_REQUEST_TO_TOKEN

@@ -12,12 +12,12 @@ import jax
 import numpy as np
 import pytest
 
+from engine import backends
 from engine import calibrate as module
-from engine import loading
+from engine.backends import resolve_attention
 from engine.calibrate import DEFAULT_PROMPTS, MAX_PROMPT_TOKENS, calibrate, read_prompts
 from engine.config import ConfigError
 from engine.config_file import from_tree
-from engine.loading import resolve_attention
 from engine.text import Message
 from engine.weights import open_checkpoint
 from engine.weights.kv_scales import LARGEST, read_scales
@@ -95,7 +95,7 @@ def test_kernels_that_take_no_float32_cache_are_left_to_the_config_that_they_are
     """On Hopper the gpu kernels run a float32 model with an int8 cache, but not with an exact one:
     that one runs on xla, as on any device."""
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(loading, "_device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(backends, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
     config = from_tree(tiny.config_tree(folder, **{"cache.dtype": "int8", "cache.scales": "s"}))
     assert (resolve_attention(config).backend, config.model.dtype) == ("gpu", "float32")
     prompt = tiny.random_ids(40)
@@ -111,7 +111,7 @@ def test_what_the_kernels_take_is_calibrated_with_them(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: "gpu")
-    monkeypatch.setattr(loading, "_device_kind", lambda: "NVIDIA H100 80GB HBM3")
+    monkeypatch.setattr(backends, "device_kind", lambda: "NVIDIA H100 80GB HBM3")
     changes = {"model.dtype": "bfloat16", "cache.dtype": "int8", "cache.scales": "s"}
     config = from_tree(tiny.config_tree(Path("x"), **changes))
     assert module._unquantised(config, tiny.ARCH).attention.backend == "auto"

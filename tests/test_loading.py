@@ -14,26 +14,24 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from engine import loading
-from engine.config import Backend, ConfigError
+from engine import backends, loading
+from engine.backends import check_attention, describe, resolve_attention, resolve_products
+from engine.config import Backend, ConfigError, MatmulConfig, MeshConfig
 from engine.config_file import from_tree
 from engine.core.block_keys import child_key, root_key
 from engine.core.limits import Limits
-from engine.loading import (
-    check_attention,
-    describe,
-    load_engine,
-    make_limits,
-    resolve_attention,
-    use_compile_cache,
-)
+from engine.loading import load_engine, make_limits, use_compile_cache
 from engine.runtime.runner import Runner
 from engine.sampling import MAX_STOP_TOKENS
 from engine.text import TokenizerError
 from engine.types import Domain
 from engine.weights import WeightsError
 from engine.weights.kv_scales import encode_scales
+from pallas_kernels import native
 from tests.runtime import tiny
+
+# The tiny model, of the sizes that native products take.
+NATIVE_ARCH = dataclasses.replace(tiny.ARCH, vocab_size=272)
 
 
 @pytest.fixture(scope="module")
@@ -252,7 +250,7 @@ def test_what_the_kernels_do_not_take_is_refused_before_the_weights_are_read(
 ) -> None:
     devices = {"gpu": "NVIDIA H100 80GB HBM3", "tpu": "TPU v6 lite"}
     monkeypatch.setattr(jax, "default_backend", lambda: backend)
-    monkeypatch.setattr(loading, "_device_kind", lambda: devices[backend])
+    monkeypatch.setattr(backends, "device_kind", lambda: devices[backend])
     good = {"model.dtype": "bfloat16", "cache.block_size": 16}
     with pytest.raises(Reached):
         load_engine(from_tree(tiny.config_tree(folder, **good)))
@@ -264,7 +262,7 @@ def test_xla_is_only_recommended_where_it_takes_what_was_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     """Three query heads can't share two KV heads in any backend, but xla takes blocks of 8."""
-    monkeypatch.setattr(loading, "_device_kind", lambda: "TPU v6 lite")
+    monkeypatch.setattr(backends, "device_kind", lambda: "TPU v6 lite")
     config = from_tree(tiny.config_tree(Path("x"), **{"cache.block_size": 8}))
     with pytest.raises(ConfigError, match=r"blocks of 8 tokens.*set attention.backend to xla"):
         check_attention(config, tiny.ARCH, "tpu")
@@ -296,7 +294,7 @@ def test_what_cache_scales_ask_for_is_settled_before_the_weights_are_read(
 @pytest.mark.parametrize(
     ("asked", "platform", "kind", "shown"),
     [
-        ("auto", "cpu", "cpu", "xla"),
+        ("xla", "cpu", "cpu", "xla"),
         ("reference", "cpu", "cpu", "reference"),
         ("auto", "gpu", "NVIDIA H100 80GB HBM3", "gpu"),
         (
@@ -313,18 +311,55 @@ def test_the_kernels_are_named_with_the_reason_where_it_may_surprise(
     monkeypatch: pytest.MonkeyPatch, asked: Backend, platform: str, kind: str, shown: str
 ) -> None:
     monkeypatch.setattr(jax, "default_backend", lambda: platform)
-    monkeypatch.setattr(loading, "_device_kind", lambda: kind)
+    monkeypatch.setattr(backends, "device_kind", lambda: kind)
     config = from_tree(tiny.config_tree(Path("x"), **{"attention.backend": asked}))
     described = describe(resolve_attention(config), asked)
     assert described.startswith(shown)
     assert ("," in described) == ("," in shown)
 
 
+def test_native_code_runs_on_a_cpu_that_takes_it_and_its_absence_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    config = from_tree(tiny.config_tree(Path("x"), **{"model.dtype": "bfloat16"}))
+    monkeypatch.setattr(native, "unavailable", lambda: None)
+    monkeypatch.setattr(native, "instructions", lambda: "avx2")
+    for resolved in (resolve_attention(config), resolve_products(config, NATIVE_ARCH)):
+        assert resolved == ("cpu", "avx2", False)
+        assert describe(resolved, "auto") == "cpu"
+    wide = dataclasses.replace(config.model, dtype="float32")
+    in_float32 = resolve_products(dataclasses.replace(config, model=wide), NATIVE_ARCH)
+    assert describe(in_float32, "auto").startswith("xla, as native products are for bfloat16")
+    split = dataclasses.replace(config, mesh=MeshConfig(tensor=2))
+    over_two = describe(resolve_products(split, NATIVE_ARCH), "auto")
+    assert over_two == "xla, as weights are split over 2 devices"
+    monkeypatch.setattr(native, "unavailable", lambda: "native code was not compiled")
+    for resolved in (resolve_attention(config), resolve_products(config, NATIVE_ARCH)):
+        assert describe(resolved, "auto") == "xla, as native code was not compiled"
+    forced = dataclasses.replace(config, matmul=MatmulConfig(backend="cpu"))
+    with pytest.raises(ConfigError, match=r"matmul.backend: .*was not compiled; take auto, or xla"):
+        resolve_products(forced, NATIVE_ARCH)
+
+
+@pytest.mark.parametrize("platform", ["gpu", "tpu"])
+def test_products_on_an_accelerator_are_the_compiler_s_and_nothing_surprises(
+    monkeypatch: pytest.MonkeyPatch, platform: str
+) -> None:
+    monkeypatch.setattr(jax, "default_backend", lambda: platform)
+    monkeypatch.setattr(backends, "device_kind", lambda: "TPU v6 lite")
+    config = from_tree(tiny.config_tree(Path("x")))
+    assert describe(resolve_products(config, tiny.ARCH), "auto") == "xla"
+    forced = dataclasses.replace(config, matmul=MatmulConfig(backend="cpu"))
+    with pytest.raises(ConfigError, match=f"matmul.backend: .*the device is a {platform}"):
+        resolve_products(forced, tiny.ARCH)
+
+
 def test_the_engine_says_which_kernels_run(folder: Path, caplog: pytest.LogCaptureFixture) -> None:
+    tree = tiny.config_tree(folder, **{"attention.backend": "xla", "matmul.backend": "xla"})
     with caplog.at_level(logging.INFO, "engine.loading"):
-        loaded = load_engine(from_tree(tiny.config_tree(folder)))
-    assert loaded.attention == "xla"
-    assert "attention xla (the one for cpu)" in caplog.text
+        loaded = load_engine(from_tree(tree))
+    assert (loaded.attention, loaded.products) == ("xla", "xla")
+    assert "attention xla (as asked for), products xla (as asked for) on cpu" in caplog.text
     assert "blocks of 16 tokens in float32" in caplog.text
 
 

@@ -79,13 +79,19 @@ def test_what_is_measured_decides_and_is_part_of_the_limits(model: Path) -> None
     engine.close()
 
 
-def layout(tmp_path: Path, weights: str = "weights", backend: Any = "xla", **changes: Any) -> Any:
+def layout(
+    tmp_path: Path,
+    weights: str = "weights",
+    backend: Any = "xla",
+    products: Any = "xla",
+    **changes: Any,
+) -> Any:
     """The identity of the blocks that a config's engine writes."""
     tree = tiny.config_tree(Path("x"), **(DISK | changes))
     config = from_tree(tree, path=str(tmp_path / "a.yaml"))
     scales = np.ones((2, 2, 2), np.float32) if changes.get("cache.dtype") == "int8" else None
     limits = make_limits(config, tiny.ARCH, weights, backend=backend, scales=scales)
-    disk = open_disk_tier(config, limits, tiny.ARCH, backend)
+    disk = open_disk_tier(config, limits, tiny.ARCH, backend, products)
     assert disk is not None
     disk.close()
     return disk.layout
@@ -97,6 +103,7 @@ def test_what_decides_a_block_s_bytes_is_in_its_file_s_identity(tmp_path: Path) 
         layout(tmp_path, weights="others"),
         layout(tmp_path, backend="tpu"),
         layout(tmp_path, backend="reference"),
+        layout(tmp_path, products="cpu"),
         layout(tmp_path, **{"model.dtype": "bfloat16"}),
         layout(tmp_path, **{"cache.dtype": "bfloat16"}),
         layout(tmp_path, **{"cache.dtype": "int8"}),

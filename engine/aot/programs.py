@@ -17,12 +17,14 @@ import jax.numpy as jnp
 
 from engine.aot import hlo
 from engine.aot.topologies import AotError, first_lines, generation
-from engine.config import Architecture, Backend, Config, ConfigError, resolve_source
+from engine.backends import check_attention, resolve_attention, resolve_products
+from engine.config import Architecture, Backend, Config, resolve_source
 from engine.core.buckets import Bucket
-from engine.loading import check_attention, make_limits, runner_shape
+from engine.loading import make_limits, runner_shape
 from engine.memory_plan import kv_copies
-from engine.model.attention import Attention, resolve_backend
+from engine.model.attention import Attention
 from engine.model.decoder import abstract_decoder
+from engine.model.products import Products
 from engine.runtime.mesh import kv_scales_sharding, make_mesh, weight_shardings
 from engine.runtime.step import Step
 from engine.weights import open_checkpoint, with_kv_copies
@@ -96,25 +98,21 @@ def step_of(
     if backend != "auto":
         attention = dataclasses.replace(config.attention, backend=backend)
         config = dataclasses.replace(config, attention=attention)
-    device = devices[0]
-    try:
-        resolved = resolve_backend(config.attention.backend, device.platform, device.device_kind)
-    except ValueError as error:
-        raise ConfigError(f"attention.backend: {error}") from None
-    resolved = resolved.backend
+    resolved = resolve_attention(config, devices[0]).backend
     limits = make_limits(config, arch, "", backend=resolved)
     mesh = make_mesh(config.mesh, arch, devices)
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # names the kernels' target
-        check_attention(config, arch, resolved)
+        check_attention(config, arch, resolved, devices[0])
     arch = with_kv_copies(arch, kv_copies(arch, tensor))
-    model = abstract_decoder(arch, jnp.dtype(config.model.dtype))
+    products = Products(resolve_products(config, arch, devices[0]).backend)
+    model = abstract_decoder(arch, jnp.dtype(config.model.dtype), products)
     kv_scales = None
     if config.cache.scales or config.cache_dtype == "int8":
         kv_scales = jax.ShapeDtypeStruct(
             (arch.num_layers, 2, arch.num_kv_heads), jnp.float32, sharding=kv_scales_sharding(mesh)
         )
     shape = runner_shape(config, limits)
-    weights = weight_shardings(model, mesh)
+    weights = products.packed(weight_shardings(model, mesh))
     return Step(model, weights, mesh, Attention(resolved, mesh), shape, kv_scales), shape.buckets
 
 

@@ -19,6 +19,7 @@ from flax import nnx
 
 from engine.config import Architecture
 from engine.model.attention import Attention, Ragged
+from engine.model.products import BY_XLA, Products
 
 # A weight's logical axes; runtime/mesh.py says which mesh axis each is split over.
 LAYERS, VOCAB, EMBED, HEADS, KV_HEADS, FFN = "layers", "vocab", "embed", "heads", "kv_heads", "ffn"
@@ -28,27 +29,20 @@ class Weight(nnx.Param):
     """A parameter that knows its logical axes (`axes`, one name or None a dimension)."""
 
 
-def _weight(
-    rngs: nnx.Rngs, shape: tuple[int, ...], axes: tuple[str | None, ...], dtype: Any
-) -> Weight:
-    """A matrix, random at the scale that keeps activations near one."""
-    scale = 1.0 / math.sqrt(shape[-2])
-    value = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(scale, dtype)
-    return Weight(value, axes=axes)
+class Matrix(Weight):
+    """One that rows are multiplied with, held as the products' backend wants it."""
 
 
 class Linear(nnx.Module):
-    """x @ kernel (+ bias); the kernel is [in, out], in the scan [L, in, out]."""
+    """The weights of x @ kernel (+ bias); the kernel is [in, out], of layers [L, in, out]."""
 
     def __init__(self, rngs, shape, axes, dtype, *, use_bias: bool = False):
-        self.kernel = _weight(rngs, shape, axes, dtype)
+        # Random at the scale that keeps activations near one.
+        scale = jnp.asarray(1.0 / math.sqrt(shape[-2]), dtype)
+        self.kernel = Matrix(jax.random.normal(rngs.params(), shape, dtype) * scale, axes=axes)
         bias_shape = (*shape[:-2], shape[-1])
         bias_axes = (*axes[:-2], axes[-1])
         self.bias = Weight(jnp.zeros(bias_shape, dtype), axes=bias_axes) if use_bias else None
-
-    def __call__(self, x: jax.Array) -> jax.Array:
-        y = _dot(x, self.kernel[...])
-        return y if self.bias is None else y + jnp.expand_dims(self.bias[...], 0)
 
 
 class RMSNorm(nnx.Module):
@@ -76,19 +70,17 @@ class Embed(nnx.Module):
             axes=(VOCAB, EMBED),
         )
 
-    def __call__(self, token_ids: jax.Array) -> jax.Array:
-        return self.weight[...][token_ids]
-
-    def as_logits(self, x_SD: jax.Array) -> jax.Array:
-        """x @ weight.T in float32."""
-        return _dot_general(x_SD, self.weight[...], ((1,), (1,)))
-
 
 class DecoderLayer(nnx.Module):
-    """Attention and feed-forward, each normed before and added after. Weights of all layers."""
+    """Attention and feed-forward, each normed before and added after.
 
-    def __init__(self, rngs: nnx.Rngs, arch: Architecture, dtype):
+    Matrices are of all layers when it is called, and everything else of one: a product takes its
+    layer out of the stack, which as a slice would be a copy for native code.
+    """
+
+    def __init__(self, rngs: nnx.Rngs, arch: Architecture, dtype, products: Products):
         self.arch = arch
+        self.products = products
         layers, width, ffn = arch.num_layers, arch.hidden_size, arch.intermediate_size
         q_width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
 
@@ -111,36 +103,47 @@ class DecoderLayer(nnx.Module):
         self.up_proj = linear(width, ffn, EMBED, FFN)
         self.down_proj = linear(ffn, width, FFN, EMBED)
 
-    def __call__(self, x_TD, kv_pool, rope, attend):
-        attended, kv_pool = self._attend(self.attn_norm(x_TD), kv_pool, rope, attend)
-        x_TD = x_TD + attended.astype(x_TD.dtype)
-        return x_TD + self._feed_forward(self.mlp_norm(x_TD)).astype(x_TD.dtype), kv_pool
+    def __call__(self, x_TD, kv_pool, layer, rope, attend):
+        normed_TD = self.attn_norm(x_TD)
+        attended_TD, kv_pool = self._attend(normed_TD, kv_pool, layer, rope, attend)
+        x_TD = x_TD + attended_TD.astype(x_TD.dtype)
+        fed_TD = self._feed_forward(self.mlp_norm(x_TD), layer)
+        return x_TD + fed_TD.astype(x_TD.dtype), kv_pool
 
-    def _attend(self, x_TD, kv_pool, rope, attend):
-        arch, tokens = self.arch, x_TD.shape[0]
-        q_TNH = self.q_proj(x_TD).reshape(tokens, arch.num_heads, arch.head_dim)
-        k_TKH = self.k_proj(x_TD).reshape(tokens, arch.num_kv_heads, arch.head_dim)
-        v_TKH = self.v_proj(x_TD).reshape(tokens, arch.num_kv_heads, arch.head_dim)
+    def _attend(self, x_TD, kv_pool, layer, rope, attend):
+        q, k, v = self._multiply(x_TD, layer, self.q_proj, self.k_proj, self.v_proj)
+        q_TNH, k_TKH, v_TKH = (y.reshape(len(y), -1, self.arch.head_dim) for y in (q, k, v))
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
         q_TNH, k_TKH = apply_rope(q_TNH, rope), apply_rope(k_TKH, rope)
         out_TNH, kv_pool = attend(q_TNH, k_TKH, v_TKH, kv_pool)
-        return self.o_proj(out_TNH.reshape(tokens, -1)), kv_pool
+        (out_TD,) = self._multiply(out_TNH.reshape(len(out_TNH), -1), layer, self.o_proj)
+        return out_TD, kv_pool
 
-    def _feed_forward(self, x_TD):
+    def _feed_forward(self, x_TD, layer):
+        gate_TF, up_TF = self._multiply(x_TD, layer, self.gate_proj, self.up_proj)
         # In bfloat16, the sigmoid would round once more than need be, and no faster.
-        gate_TF = self.gate_proj(x_TD).astype(jnp.float32)
-        up_TF = self.up_proj(x_TD).astype(jnp.float32)
-        return self.down_proj((jax.nn.silu(gate_TF) * up_TF).astype(x_TD.dtype))
+        hidden_TF = jax.nn.silu(gate_TF.astype(jnp.float32)) * up_TF.astype(jnp.float32)
+        (out_TD,) = self._multiply(hidden_TF.astype(x_TD.dtype), layer, self.down_proj)
+        return out_TD
+
+    def _multiply(self, x, layer, *linears: Linear):
+        """x times one layer's matrix of each, biases added."""
+        results = self.products(x, [linear.kernel[...] for linear in linears], layer)
+        return [
+            y if linear.bias is None else y + jnp.expand_dims(linear.bias[...], 0)
+            for y, linear in zip(results, linears, strict=True)
+        ]
 
 
 class Decoder(nnx.Module):
     """Token ids in, hidden states out; `logits` turns chosen hidden states into scores."""
 
-    def __init__(self, arch: Architecture, dtype: Any, rngs: nnx.Rngs):
+    def __init__(self, arch: Architecture, dtype: Any, rngs: nnx.Rngs, products: Products = BY_XLA):
         self.arch = arch
+        self.products = products
         self.embed = Embed(rngs, arch, dtype)
-        self.layers = DecoderLayer(rngs, arch, dtype)
+        self.layers = DecoderLayer(rngs, arch, dtype, products)
         self.final_norm = RMSNorm((arch.hidden_size,), (EMBED,), dtype, arch.rms_norm_eps)
         shape = (arch.hidden_size, arch.vocab_size)
         self.lm_head = None if arch.tie_embeddings else Linear(rngs, shape, (EMBED, VOCAB), dtype)
@@ -175,12 +178,12 @@ class Decoder(nnx.Module):
         )
         rope = rope_angles(ragged.positions, arch)
         num_blocks = kv_pool.shape[0] // arch.num_layers
-        definition, weights = nnx.split(self.layers)
+        definition, matrices, weights = nnx.split(self.layers, Matrix, ...)
 
         def run_layer(carry, layer):
             x_TD, pool = carry
             layer_weights, index, kv_scales_2K = layer
-            module = nnx.merge(definition, layer_weights)
+            module = nnx.merge(definition, matrices, layer_weights)
 
             def attend(q, k, v, pool):
                 return attention(
@@ -194,11 +197,14 @@ class Decoder(nnx.Module):
                     kv_scales_2K=kv_scales_2K,
                 )
 
-            return module(x_TD, pool, rope, attend), None
+            return module(x_TD, pool, index, rope, attend), None
 
         # The sum of all layers is float32 whatever the weights are: rounding it to bfloat16
         # sixty times would be most of the error, and it is small beside everything else.
-        x_TD = self.embed(token_ids).astype(jnp.float32)
+        table = self.embed.weight[...]
+        is_tied = self.lm_head is None  # so the table is packed for products
+        x_TD = self.products.embed(table, token_ids) if is_tied else table[token_ids]
+        x_TD = x_TD.astype(jnp.float32)
         indices = jnp.arange(arch.num_layers, dtype=jnp.int32)
         layers = (weights, indices, kv_scales_L2K)
         (x_TD, kv_pool), _ = jax.lax.scan(run_layer, (x_TD, kv_pool), layers)
@@ -207,13 +213,14 @@ class Decoder(nnx.Module):
     def logits(self, x_SD: jax.Array) -> jax.Array:
         """Scores over the vocabulary, float32[S, V]."""
         if self.lm_head is None:
-            return self.embed.as_logits(x_SD)
-        return _dot_general(x_SD, self.lm_head.kernel[...], ((1,), (0,)))
+            return self.products.scores(x_SD, self.embed.weight[...])
+        (scores_SV,) = self.products(x_SD, [self.lm_head.kernel[...][None]], 0, jnp.float32)
+        return scores_SV
 
 
-def abstract_decoder(arch: Architecture, dtype: Any) -> Decoder:
-    """A decoder whose weights are shapes only: nothing is computed or allocated."""
-    return nnx.eval_shape(lambda: Decoder(arch, dtype, nnx.Rngs(0)))
+def abstract_decoder(arch: Architecture, dtype: Any, products: Products = BY_XLA) -> Decoder:
+    """A decoder whose weights are shapes only, not packed: nothing is computed or allocated."""
+    return nnx.eval_shape(lambda: Decoder(arch, dtype, nnx.Rngs(0), products))
 
 
 def rope_frequencies(arch: Architecture) -> np.ndarray:
@@ -246,15 +253,3 @@ def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
     rotated = (first * cos - second * sin, second * cos + first * sin)
     return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
-
-
-def _dot(x: jax.Array, kernel: jax.Array) -> jax.Array:
-    return _dot_general(x, kernel, ((x.ndim - 1,), (0,)), x.dtype)
-
-
-def _dot_general(x, kernel, contract, dtype=jnp.float32) -> jax.Array:
-    # TPUs multiply float32 in bfloat16 unless told otherwise.
-    precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(
-        x, kernel, (contract, ((), ())), precision=precision, preferred_element_type=dtype
-    )

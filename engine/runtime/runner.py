@@ -91,7 +91,9 @@ class Runner:
           shape: the sizes.
           kv_scales: float32 [L, 2, K], what keys and values of an 8-bit pool are divided by.
         """
+        self.model = model
         self.arch: Architecture = model.arch
+        self.backends = (attention.backend, model.products.backend)
         self.shape = shape
         self.mesh = mesh
         self.weights = weights  # others of the same shapes may take their place between two steps

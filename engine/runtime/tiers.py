@@ -22,7 +22,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from engine.config import Architecture, Backend, Config, ConfigError, resolve_disk_path
+from engine.config import (
+    Architecture,
+    Backend,
+    Config,
+    ConfigError,
+    MatmulBackend,
+    resolve_disk_path,
+)
 from engine.core.admission import check_request
 from engine.core.costs import compute_ns, restoring_pays
 from engine.core.limits import Limits
@@ -317,19 +324,19 @@ def _all_of(futures: Sequence[Future[None]]) -> Future[None]:
 
 
 def open_disk_tier(
-    config: Config, limits: Limits, arch: Architecture, backend: Backend
+    config: Config, limits: Limits, arch: Architecture, backend: Backend, products: MatmulBackend
 ) -> DiskTier | None:
     """The disk tier that a config asks for, or None.
 
     A file says what decided its bytes: the shape of a block, its dtype, and what the keys don't
-    tell apart but the bytes depend on: how the backend lays a block out, and over how many chips
-    sums were split.
+    tell apart but the bytes depend on: how the backend lays a block out, and how sums were made, by
+    which kernels and over how many chips.
 
     Args:
       config: what is asked for.
       limits: settled, with the weights' fingerprint.
       arch: with copies of KV heads, if chips hold any.
-      backend: the resolved one.
+      backend, products: the resolved ones, of attention and of matrix products.
 
     Raises:
       ConfigError: the folder can't be used, or the size holds no block.
@@ -338,6 +345,7 @@ def open_disk_tier(
     if folder is None:
         return None
     assert backend != "auto"
+    assert products != "auto"
     pool = kv_pool_shape(
         num_layers=1,
         num_blocks=1,
@@ -349,7 +357,7 @@ def open_disk_tier(
     layout = BlockLayout(
         (arch.num_layers, *pool[1:]),
         jnp.dtype(kv_pool_dtype(jnp.dtype(config.cache_dtype), backend)).name,
-        f"{limits.fingerprint}:{backend}:{config.mesh.tensor}",
+        f"{limits.fingerprint}:{backend}:{products}:{config.mesh.tensor}",
     )
     if config.cache.disk_size < layout.file_bytes:
         raise ConfigError(

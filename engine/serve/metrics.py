@@ -234,7 +234,8 @@ def _engine_families(engine: Engine) -> Iterator[Metric]:
             "num_blocks": str(stats.total_blocks),
             "max_model_len": str(info.max_model_len),
             "dtype": info.dtype,
-            "attention": info.attention.partition(" ")[0],
+            "attention": info.attention.partition(",")[0],
+            "products": info.products.partition(",")[0],
         },
     )
     usage = stats.owned_blocks / max(1, stats.total_blocks)

@@ -215,7 +215,7 @@ def _ready_line(model: ModelInfo, address: str, config: ServerConfig) -> str:
         where += "--client-cert FILE --client-key FILE " if config.tls.client_ca else ""
     key = "OCTAVO_API_KEY=KEY " if config.access else ""
     command = f'{key}{_octavo_command()} chat {where}-m "Hello"'
-    what = f"{model.name} (attention: {model.attention})"
+    what = f"{model.name} (attention: {model.attention}; products: {model.products})"
     return f"Octavo is ready: {what} on {address}. Talk to it: {command}"
 
 

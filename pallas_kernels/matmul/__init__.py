@@ -33,10 +33,14 @@ Backend = Literal["reference", "xla", "cpu"]
 
 
 class Resolved(NamedTuple):
-    """The backend that runs, and why it is this one: a phrase to print beside its name."""
+    """The backend that runs, and why it is this one: a phrase to print beside its name.
+
+    `is_fallback`: the device's own code can't run.
+    """
 
     backend: Backend
     reason: str
+    is_fallback: bool = False
 
 
 def resolve_backend(
@@ -50,7 +54,7 @@ def resolve_backend(
     """The backend that `name` means for a model on a device.
 
     Args:
-      name: a backend, or "auto": xla.
+      name: a backend, or "auto": cpu where it runs, or else xla.
       platform: as `jax.default_backend()` says it: "cpu", "gpu" or "tpu".
       num_devices: that the weights are split over.
       dtype: of the weights.
@@ -63,8 +67,6 @@ def resolve_backend(
         raise ValueError(
             f"matmul backend {name!r} is not one of auto, {', '.join(get_args(Backend))}"
         )
-    if name == "auto":
-        return Resolved("xla", "the one for any device")
     if name in ("reference", "xla"):
         return Resolved(name, "as asked for")  # type: ignore[bad-argument-type]
     if platform != "cpu":
@@ -75,6 +77,8 @@ def resolve_backend(
         refusal = _module("cpu").unsupported(dtype, shapes)
     if refusal is None:
         return Resolved("cpu", native.instructions())
+    if name == "auto":
+        return Resolved("xla", refusal, is_fallback=platform == "cpu")
     raise ValueError(
         f"matmul backend 'cpu' can't run: {refusal}; take auto, or xla, which runs on any device"
     )

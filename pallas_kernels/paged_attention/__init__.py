@@ -57,17 +57,21 @@ CACHE_DTYPES = ("float32", "bfloat16", "float8_e4m3fn", "int8")
 
 
 class Resolved(NamedTuple):
-    """The backend that runs, and why it is this one: a phrase to print beside its name."""
+    """The backend that runs, and why it is this one: a phrase to print beside its name.
+
+    `is_fallback`: the device's own kernels can't run.
+    """
 
     backend: Backend
     reason: str
+    is_fallback: bool = False
 
 
 def resolve_backend(name: str, platform: str, device_kind: str = "") -> Resolved:
     """The backend that `name` means on a device.
 
     Args:
-      name: a backend, or "auto": a TPU's or GPU's own kernels, or else xla.
+      name: a backend, or "auto": those written for the device, or else xla.
       platform: as `jax.default_backend()` says it: "cpu", "gpu" or "tpu".
       device_kind: as `jax.devices()[0].device_kind` says it.
 
@@ -85,14 +89,16 @@ def resolve_backend(name: str, platform: str, device_kind: str = "") -> Resolved
         refusals["gpu"] = reason
     if platform != "cpu":
         refusals["cpu"] = f"{device} is not a CPU"
-    elif name == "cpu" and (reason := native.unavailable()):
+    elif name in ("auto", "cpu") and (reason := native.unavailable()):
         refusals["cpu"] = reason
 
     if name == "auto":
         for backend in ("tpu", "gpu"):
             if backend not in refusals:
                 return Resolved(backend, f"made for {device}")
-        return Resolved("xla", refusals["gpu"] if is_gpu else f"the one for {device}")
+        if "cpu" not in refusals:
+            return Resolved("cpu", native.instructions())
+        return Resolved("xla", refusals["gpu" if is_gpu else "cpu"], is_fallback=True)
     if name not in get_args(Backend):
         raise ValueError(
             f"attention backend {name!r} is not one of auto, {', '.join(get_args(Backend))}"
@@ -102,7 +108,8 @@ def resolve_backend(name: str, platform: str, device_kind: str = "") -> Resolved
             f"attention backend {name!r} can't run: {refusals[name]}; "
             "take auto, or xla, which runs on any device"
         )
-    return Resolved(name, "as asked for")  # type: ignore[bad-argument-type]
+    reason = native.instructions() if name == "cpu" else "as asked for"
+    return Resolved(name, reason)  # type: ignore[bad-argument-type]
 
 
 def check_supported(shape: Shape, backend: Backend, device_kind: str = "") -> None:

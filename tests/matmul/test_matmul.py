@@ -137,7 +137,7 @@ def test_what_does_not_fit_is_refused(x: Any, stack: Any, layer: int, problem: s
 @needs_native
 def test_native_code_runs_where_it_is_asked_for() -> None:
     found = mm.resolve_backend("cpu", "cpu", shapes=[(64, 32)])
-    assert found == ("cpu", native.instructions())
+    assert found == ("cpu", native.instructions(), False)
 
 
 @pytest.mark.parametrize(

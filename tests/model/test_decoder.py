@@ -15,6 +15,7 @@ from flax import nnx
 from engine.config import Architecture, RopeScaling
 from engine.model import decoder
 from engine.model.attention import Attention, Ragged
+from engine.model.products import BY_XLA
 from tests.architectures import LLAMA_8B, SMOLLM2_135M
 
 U16, U32 = 2.0**-8, 2.0**-24  # unit roundoffs of bfloat16 and float32
@@ -34,7 +35,7 @@ def test_a_bfloat16_product_is_summed_in_float32_and_rounded_once() -> None:
     x = random(32, size)
     exact = wide(x) @ wide(layer.kernel[...])
     magnitude = np.abs(wide(x)) @ np.abs(wide(layer.kernel[...]))
-    y = jax.jit(lambda layer, x: layer(x))(layer, x)
+    (y,) = jax.jit(lambda layer, x: BY_XLA(x, [layer.kernel[...][None]], 0))(layer, x)
     assert y.dtype == jnp.bfloat16
     assert (np.abs(wide(y) - exact) <= U16 * np.abs(exact) + size * U32 * magnitude).all()
 

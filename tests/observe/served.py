@@ -67,6 +67,7 @@ def make_engine(folder: Path, runner: Letters | None = None) -> Engine:
         config=config,
         name="letters",
         architecture=tiny.ARCH,
+        products="xla",
         attention="none",
         tokenizer=tokenizer,
         eos_token_ids=(tiny.EOS,),

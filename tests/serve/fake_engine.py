@@ -230,6 +230,7 @@ class FakeEngine(Engine):
             name="echo",
             architecture=architecture,
             attention="xla",
+            products="xla",
             dtype="float32",
             max_model_len=256,
             eos_token_ids=(EOS,),

@@ -266,7 +266,9 @@ async def test_a_signal_ends_the_process_cleanly_with_a_stream_in_flight(
         try:
             assert process.stdout is not None
             line = process.stdout.readline()
-            assert line.startswith("Octavo is ready: echo (attention: xla) on 127.0.0.1:")
+            assert line.startswith(
+                "Octavo is ready: echo (attention: xla; products: xla) on 127.0.0.1:"
+            )
             address = line.split(" on ")[1].split(". ")[0]
             assert f'chat --address {address} -m "Hello"' in line
             async with AsyncClient(address) as client:

@@ -1,0 +1,87 @@
+"""How the decoder reaches the matrix products: resolved once, weights packed once at load."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+
+from engine.config import Architecture
+from pallas_kernels import matmul as mm
+from pallas_kernels.matmul import Resolved, resolve_backend
+
+__all__ = ["BY_XLA", "Products", "Resolved", "matrix_shapes", "resolve_backend"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Products:
+    """Products of a step's rows with weights, by one backend."""
+
+    backend: mm.Backend
+
+    def __call__(
+        self,
+        x_MK: jax.Array,
+        stacks: Sequence[jax.Array],
+        layer: jax.Array | int,
+        dtype: Any = None,
+    ) -> tuple[jax.Array, ...]:
+        """See `pallas_kernels.matmul.matmul`."""
+        return mm.matmul(x_MK, stacks, layer, backend=self.backend, dtype=dtype)
+
+    def embed(self, table: jax.Array, token_ids: jax.Array) -> jax.Array:
+        """See `pallas_kernels.matmul.embed`."""
+        return mm.embed(table, token_ids, self.backend)
+
+    def scores(self, x_MD: jax.Array, table: jax.Array) -> jax.Array:
+        """See `pallas_kernels.matmul.scores`."""
+        return mm.scores(x_MD, table, self.backend)
+
+    def pack(self, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
+        """A decoder's weights as the backend wants them, by the same names.
+
+        `weights` is emptied on the way, so that the device holds no more than one of them twice.
+        """
+        if self.backend != "cpu":
+            return weights
+        is_tied = "lm_head.kernel" not in weights
+        packed = {}
+        for name in list(weights):
+            array = weights.pop(name)
+            if name.endswith(".kernel"):
+                array = _pack(array, self.backend)
+            elif name == "embed.weight" and is_tied:
+                array = _pack_table(array, self.backend)
+            # Nothing else may start before the old array is gone.
+            packed[name] = jax.block_until_ready(array)
+        return packed
+
+    def packed(self, weights: dict[str, jax.ShapeDtypeStruct]) -> dict[str, jax.ShapeDtypeStruct]:
+        """What `pack` makes of weights, as shapes placed as they are."""
+        shapes = jax.eval_shape(self.pack, weights)
+        return {
+            name: jax.ShapeDtypeStruct(shape.shape, shape.dtype, sharding=weights[name].sharding)
+            for name, shape in shapes.items()
+        }
+
+
+BY_XLA = Products("xla")
+
+_pack = jax.jit(mm.pack, static_argnums=1)
+_pack_table = jax.jit(mm.pack_table, static_argnums=1)
+
+
+def matrix_shapes(arch: Architecture) -> list[tuple[int, int]]:
+    """(rows, columns) of every matrix that a decoder multiplies with."""
+    width, ffn = arch.hidden_size, arch.intermediate_size
+    q_width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
+    return [
+        (width, q_width),
+        (width, kv_width),
+        (q_width, width),
+        (width, ffn),
+        (ffn, width),
+        (width, arch.vocab_size),
+    ]
