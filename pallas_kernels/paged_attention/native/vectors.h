@@ -5,6 +5,10 @@
 
 #pragma once
 
+#if defined(__AVX2__)
+#include <immintrin.h>
+#endif
+
 #include <cstdint>
 #include <cstring>
 
@@ -27,7 +31,6 @@ typedef uint32_t Bits __attribute__((vector_size(4 * kWidth)));
 typedef int32_t Whole __attribute__((vector_size(4 * kWidth)));
 typedef uint16_t Halves __attribute__((vector_size(2 * kWidth)));
 typedef int8_t Bytes __attribute__((vector_size(kWidth)));
-typedef uint8_t UnsignedBytes __attribute__((vector_size(kWidth)));
 
 struct Floats {
   Part part[kParts];
@@ -147,6 +150,19 @@ inline Part FromFloat8(Bits codes) {
   return AsFloats(bits | (codes & 128) << 24);
 }
 
+// Bytes as 32-bit integers, which GCC would widen one by one.
+inline Whole WidenSigned(const char* at) {
+#if defined(__AVX512F__)
+  return (Whole)_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(at)));
+#elif defined(__AVX2__)
+  return (Whole)_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(at)));
+#else
+  Bytes bytes;
+  memcpy(&bytes, at, sizeof bytes);
+  return __builtin_convertvector(bytes, Whole);
+#endif
+}
+
 // Sixteen values of a type.
 template <Type kType>
 inline Floats LoadAs(const char* at, int64_t index) {
@@ -160,13 +176,9 @@ inline Floats LoadAs(const char* at, int64_t index) {
       memcpy(&halves, at + 2 * first, sizeof halves);
       value.part[p] = AsFloats(__builtin_convertvector(halves, Bits) << 16);
     } else if constexpr (kType == Type::kInt8) {
-      Bytes bytes;
-      memcpy(&bytes, at + first, sizeof bytes);
-      value.part[p] = __builtin_convertvector(__builtin_convertvector(bytes, Whole), Part);
+      value.part[p] = __builtin_convertvector(WidenSigned(at + first), Part);
     } else {
-      UnsignedBytes bytes;
-      memcpy(&bytes, at + first, sizeof bytes);
-      value.part[p] = FromFloat8(__builtin_convertvector(bytes, Bits));
+      value.part[p] = FromFloat8((Bits)WidenSigned(at + first));
     }
   }
   return value;
