@@ -262,6 +262,35 @@ def soak(*, minutes: float = 30.0, cases: int = 96, seed: int = 0, output: Path 
     return benchmark.run(minutes=minutes, cases=cases, seed=seed, folder=output)
 
 
+@app.command
+def products(
+    *,
+    backend: Annotated[list[str] | None, SEVERAL] = None,
+    rows: Annotated[list[int] | None, SEVERAL] = None,
+    rounds: int = 5,
+    seconds: float = 0.1,
+    output: Path = RESULTS,
+) -> int:
+    """Time products with SmolLM2's weights, by backend and number of rows; check each.
+
+    Args:
+      backend: xla and cpu by default; "cpu avx2" is native code with no more than AVX2.
+      rows: of x; 1 4 16 64 256 by default.
+      rounds: of all backends in turn, whose medians are shown.
+      seconds: that a backend takes in a round, about.
+      output: folder for the JSON.
+    """
+    from benchmarks import products as benchmark
+
+    return benchmark.run(
+        backends=backend or benchmark.BACKENDS,
+        rows=rows or benchmark.ROWS,
+        rounds=rounds,
+        seconds=seconds,
+        folder=output,
+    )
+
+
 @app.command(help_flags=[])
 def attention(*options: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
     """Check and time attention backends on this device; `attention --help` lists the options."""

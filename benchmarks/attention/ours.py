@@ -19,7 +19,7 @@ from benchmarks.attention.timing import Looped, describe
 from pallas_kernels import paged_attention as pa
 from pallas_kernels.paged_attention.workloads import Heads, Workload
 
-BACKENDS: tuple[pa.Backend, ...] = ("tpu", "gpu", "xla", "reference")
+BACKENDS: tuple[pa.Backend, ...] = ("tpu", "gpu", "cpu", "xla", "reference")
 REFERENCE_BYTES = 2**30  # of float32 context that the reference may gather at once
 
 # Half the distance of two neighbours, relative to the number.

@@ -2,10 +2,12 @@
 
 #pragma once
 
+#include <algorithm>
 #include <atomic>
 #include <cstdint>
+#include <functional>
 #include <memory>
-#include <utility>
+#include <thread>
 
 #include "xla/ffi/api/ffi.h"
 
@@ -20,13 +22,18 @@ inline void Pause() {
 }
 
 // Calls work(i) once for each i of [0, count), on this thread and on those of the pool that come
-// before it is done. A thread that comes late finds nothing left, so nobody waits for it: a pool
-// whose threads are all busy costs no more than one thread does.
+// before it is done, `most` in all. A thread that comes late finds nothing left, so nobody waits for
+// it: a pool whose threads are all busy costs no more than one thread does.
 template <typename Work>
-void ParallelFor(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
-  struct Shared {
-    std::atomic<int64_t> next{0};
-    std::atomic<int64_t> done{0};
+void ParallelFor(xla::ffi::ThreadPool& pool, int64_t most, int64_t count, const Work& work) {
+  most = std::min({most, count, pool.num_threads()});
+  if (most <= 1) {
+    for (int64_t i = 0; i < count; ++i) work(i);
+    return;
+  }
+  struct Shared {  // a cache line each: who takes work does not wait for who reports it
+    alignas(64) std::atomic<int64_t> next{0};
+    alignas(64) std::atomic<int64_t> done{0};
   };
   // A late thread may look at it after this function has returned; at `work` it does not.
   auto shared = std::make_shared<Shared>();
@@ -36,11 +43,17 @@ void ParallelFor(xla::ffi::ThreadPool& pool, int64_t count, const Work& work) {
       shared->done.fetch_add(1, std::memory_order_release);
     }
   };
-  int64_t helpers = pool.num_threads() - 1;
-  if (helpers > count - 1) helpers = count - 1;
-  for (int64_t i = 0; i < helpers; ++i) pool.Schedule(std::function<void()>(take));
+  for (int64_t i = 1; i < most; ++i) pool.Schedule(std::function<void()>(take));
   take();
-  while (shared->done.load(std::memory_order_acquire) < count) Pause();
+  // What is left is short, unless a thread that took some of it was put aside: let it run then.
+  constexpr int kSpins = 2000;
+  for (int spins = 0; shared->done.load(std::memory_order_acquire) < count; ++spins) {
+    if (spins < kSpins) {
+      Pause();
+    } else {
+      std::this_thread::yield();
+    }
+  }
 }
 
 }  // namespace octavo

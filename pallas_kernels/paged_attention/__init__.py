@@ -156,6 +156,7 @@ def paged_attention(
     sinks_N: jax.Array | None = None,
     kv_scales_2K: jax.Array | None = None,
     interpret: Any = False,
+    instructions: str | None = None,
 ) -> tuple[jax.Array, jax.Array]:
     """Write this step's keys and values, then attend causally over each token's context.
 
@@ -180,6 +181,8 @@ def paged_attention(
         scale. int8 pools need it, for float8_e4m3fn None means 1, float pools refuse it.
       interpret: run a Pallas kernel on the CPU: True, or an interpreter's parameters. Only tpu
         and gpu take it.
+      instructions: the most that native code may use, of `native.INSTRUCTIONS`; None: all that the
+        processor has. Only cpu takes it.
 
     Returns:
       The output, [T, N, H] in q's dtype (zero at padded tokens), and the pool.
@@ -192,6 +195,11 @@ def paged_attention(
     _check_options(q_TNH, k_TKH, cache_dtype, window, softcap, sinks_N, kv_scales_2K)
     if interpret is not False and backend not in ("tpu", "gpu"):
         raise ValueError(f"{interpret=} is for the tpu and gpu backends; {backend} has no kernel")
+    if instructions is not None and (backend != "cpu" or instructions not in native.INSTRUCTIONS):
+        raise ValueError(
+            f"{instructions=} must be one of {', '.join(native.INSTRUCTIONS)}, and for the cpu "
+            f"backend; {backend} takes none"
+        )
     head_dim, width = q_TNH.shape[-1], kv_pool.shape[3] // 2
     k_scales, v_scales = (None, None) if kv_scales_2K is None else kv_scales_2K
     kv_new = jnp.concatenate(
@@ -211,6 +219,7 @@ def paged_attention(
         k_scales=k_scales,
         v_scales=v_scales,
         interpret=interpret,
+        instructions=instructions,
     )
     out, kv_pool = _module(backend).attend(
         _pad(q_TNH, width), kv_new, kv_pool, work, first_block, options

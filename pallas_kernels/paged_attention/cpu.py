@@ -48,11 +48,13 @@ def attend(
     work: Work,
     first_block: jax.Array,
     options: Options,
-    instructions: str = native.INSTRUCTIONS[-1],
 ) -> tuple[jax.Array, jax.Array]:
-    """See `pallas_kernels.paged_attention.paged_attention`; `instructions` are the most that it may
-    use."""
+    """See `pallas_kernels.paged_attention.paged_attention`.
+
+    A block, a position or a row that is out of range fails the program, before anything is written.
+    """
     native.load()
+    instructions = options.instructions or native.INSTRUCTIONS[-1]
     ragged = work.ragged
     window = _NO_WINDOW if options.window is None else options.window
     nothing = jnp.zeros(0, jnp.float32)

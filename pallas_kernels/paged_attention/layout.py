@@ -48,6 +48,7 @@ class Options:
     k_scales: jax.Array | None = None  # float32[K]
     v_scales: jax.Array | None = None  # float32[K]
     interpret: Any = False  # False, True or an interpreter's parameters; tpu and gpu only
+    instructions: str | None = None  # the most that native code may use; cpu only
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)

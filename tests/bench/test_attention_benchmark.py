@@ -22,6 +22,7 @@ from benchmarks.attention import command, engine_step, ours, rivals, timing
 from benchmarks.attention.inputs import make_inputs, written_pool
 from benchmarks.attention.rivals import DoesNotFit, Rival
 from benchmarks.attention.timing import Looped, Timing
+from pallas_kernels import native
 from pallas_kernels import paged_attention as pa
 from pallas_kernels.paged_attention import xla
 from pallas_kernels.paged_attention.workloads import HEADS, WORKLOADS, Heads, Workload
@@ -275,7 +276,8 @@ def test_the_command_checks_times_and_keeps_everything(
     broken = Rival("broken", ("cpu",), None, "", raises)
     absent = Rival("absent", ("cpu",), "no_such_package", "`pip install it`", raises)
     monkeypatch.setattr(command, "RIVALS", (rivals.RIVALS[0], broken, absent))
-    options = ("--workload", "decode-64x4k", "--rounds", "2", "--seed", "7")
+    backends = ("--backend", "tpu", "gpu", "xla", "reference")  # on any machine
+    options = ("--workload", "decode-64x4k", "--rounds", "2", "--seed", "7", *backends)
     code, kept = run_quickly(tmp_path, *options)
     shown = capsys.readouterr().out
     assert code == 0
@@ -296,6 +298,16 @@ def test_the_command_checks_times_and_keeps_everything(
         rate = result["bytes_moved"] / result["timing"]["median"]
         assert result["bytes_per_second"] == rate
         assert result["of_copy"] == rate / kept["ceilings"]["copy_bytes_per_second"]
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("cache", ["bfloat16", "int8", "float8_e4m3fn"])
+def test_native_attention_is_checked_too(tmp_path: Path, cache: str) -> None:
+    options = ("--backend", "cpu", "--workload", "mixed", "--cache-dtype", cache)
+    code, kept = run_quickly(tmp_path, *options, "--no-rivals", "--rounds", "0")
+    assert code == 0
+    assert kept["checks"]
+    assert all(check["failure"] is None for check in kept["checks"])
 
 
 def test_a_wrong_backend_fails_the_command(

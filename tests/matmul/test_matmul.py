@@ -23,7 +23,7 @@ BACKENDS = [
     "xla",
     *(pytest.param(f"cpu {name}", marks=needs_native) for name in native.INSTRUCTIONS),
 ]
-ROWS = (1, 2, 5, 8, 16, 17, 32, 33, 63, 100)
+ROWS = (1, 2, 3, 5, 8, 16, 17, 31, 32, 33, 63, 100)
 
 
 def random(*shape: int, seed: int = 0, dtype: Any = ml_dtypes.bfloat16) -> np.ndarray:

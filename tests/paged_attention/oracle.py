@@ -56,8 +56,12 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-# Where native code was compiled, and the processor runs it.
-NATIVE: tuple[pa.Backend, ...] = () if native.unavailable() else ("cpu",)
+# Native code with each set of instructions that the processor has, AMX aside, which attention has
+# no use for: "cpu avx2" is native code with no more than AVX2.
+NATIVE: tuple[str, ...] = ()
+if native.unavailable() is None:
+    most = native.INSTRUCTIONS.index(native.instructions())
+    NATIVE = tuple(f"cpu {name}" for name in native.INSTRUCTIONS[: min(most, 2) + 1])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -327,21 +331,30 @@ def expect(case: Case) -> Expected:
     return Expected(out, tolerance, pool)
 
 
-def compiled(backend: pa.Backend, *, interpret: Any = False, decode_only: bool = False) -> Program:
+def split(backend: str) -> tuple[pa.Backend, str | None]:
+    """A backend and the most instructions it may use, of a name such as those of NATIVE."""
+    name, _, instructions = backend.partition(" ")
+    found: Any = name
+    return found, instructions or None
+
+
+def compiled(backend: str, *, interpret: Any = False, decode_only: bool = False) -> Program:
     """The public entry point as a program, compiled anew for each call of this function.
 
     Args:
-      backend: any of the four.
+      backend: any, or one of NATIVE.
       interpret: run a tpu or gpu kernel on the CPU; see `paged_attention`.
       decode_only: promise that no row has more than one token.
     """
+
+    name, instructions = split(backend)
 
     def call(q, k, v, pool, ragged, first_block, window, sinks, kv_scales, scale, softcap):
         work = pa.prepare(
             ragged,
             block_size=pool.shape[2],
             max_query_len=1 if decode_only else len(q),
-            backend=backend,
+            backend=name,
         )
         return pa.paged_attention(
             q,
@@ -351,12 +364,13 @@ def compiled(backend: pa.Backend, *, interpret: Any = False, decode_only: bool =
             work,
             first_block=first_block,
             scale=scale,
-            backend=backend,
+            backend=name,
             window=window,
             softcap=softcap,
             sinks_N=sinks,
             kv_scales_2K=kv_scales,
             interpret=interpret,
+            instructions=instructions,
         )
 
     # The generic interpreter unrolls a kernel into operations that take longer to optimise than
@@ -367,7 +381,7 @@ def compiled(backend: pa.Backend, *, interpret: Any = False, decode_only: bool =
 
 def run(
     case: Case,
-    backend: pa.Backend,
+    backend: str,
     program: Program | None = None,
     *,
     interpret: Any = False,
@@ -381,13 +395,13 @@ def run(
     """
     program = program or compiled(backend, interpret=interpret, decode_only=case.is_decode_only)
     head_dim = case.q.shape[-1]
-    width = width or pa.head_width(head_dim, backend)
+    width = width or pa.head_width(head_dim, split(backend)[0])
     out, wide = program(
         case.q,
         case.k,
         case.v,
         widen(case.pool, width, case.held(after=False)).view(
-            pa.kv_pool_dtype(case.pool.dtype, backend)
+            pa.kv_pool_dtype(case.pool.dtype, split(backend)[0])
         ),
         case.ragged(),
         jnp.int32(case.first_block),

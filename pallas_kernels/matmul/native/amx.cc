@@ -92,8 +92,8 @@ void FewRows(const Product& p, int64_t row, int rows, int64_t block) {
   }
 }
 
-// 32 rows by two blocks of columns: each tile that is loaded serves two products.
-void ManyRows(const Product& p, int64_t row, int64_t block) {
+// 16 rows, and up to 16 more, by two blocks of columns: each tile that is loaded serves two products.
+void ManyRows(const Product& p, int64_t row, int second_rows, int64_t block) {
   const uint16_t* x = p.x + row * p.depth;
   const uint16_t* w = p.w + block * kColumns * p.depth;
   const int64_t below = kTileRows * p.depth, beside = kColumns * p.depth;
@@ -118,8 +118,8 @@ void ManyRows(const Product& p, int64_t row, int64_t block) {
   _tile_stored(3, sums[3], 64);
   Store(p, row, kTileRows, block, sums[0]);
   Store(p, row, kTileRows, block + 1, sums[1]);
-  Store(p, row + kTileRows, kTileRows, block, sums[2]);
-  Store(p, row + kTileRows, kTileRows, block + 1, sums[3]);
+  Store(p, row + kTileRows, second_rows, block, sums[2]);
+  Store(p, row + kTileRows, second_rows, block + 1, sums[3]);
 }
 
 void Columns(const Product& p, int64_t row, int rows, int64_t first, int64_t last) {
@@ -136,18 +136,21 @@ void Columns(const Product& p, int64_t row, int rows, int64_t first, int64_t las
 
 void MultiplyAmx(const Product& p, int64_t first, int64_t last) {
   int64_t row = 0;
-  Configure(kTileRows, kTileRows);
-  for (; row + 2 * kTileRows <= p.rows; row += 2 * kTileRows) {
+  while (p.rows - row > kTileRows) {
+    const int64_t left = p.rows - row - kTileRows;
+    const int second_rows = static_cast<int>(left < kTileRows ? left : kTileRows);
+    if (row == 0 || second_rows < kTileRows) Configure(kTileRows, second_rows);
     int64_t block = first;
-    for (; block + 2 <= last; block += 2) ManyRows(p, row, block);
+    for (; block + 2 <= last; block += 2) ManyRows(p, row, second_rows, block);
     if (block < last) {
       FewRows<1>(p, row, kTileRows, block);
-      FewRows<1>(p, row + kTileRows, kTileRows, block);
+      if (second_rows < kTileRows) Configure(second_rows, second_rows);
+      FewRows<1>(p, row + kTileRows, second_rows, block);
     }
+    row += kTileRows + second_rows;
   }
-  for (; row + kTileRows <= p.rows; row += kTileRows) Columns(p, row, kTileRows, first, last);
   if (row < p.rows) {
-    int rows = static_cast<int>(p.rows - row);
+    const int rows = static_cast<int>(p.rows - row);
     Configure(rows, rows);
     Columns(p, row, rows, first, last);
   }

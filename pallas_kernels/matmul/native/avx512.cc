@@ -52,8 +52,15 @@ template <int kBlocks>
 void Rows(const Product& p, int64_t block) {
   int64_t row = 0;
   for (; row + 8 <= p.rows; row += 8) Tile<8, kBlocks>(p, row, block);
-  for (; row + 4 <= p.rows; row += 4) Tile<4, kBlocks>(p, row, block);
-  for (; row < p.rows; ++row) Tile<1, kBlocks>(p, row, block);
+  if (row + 4 <= p.rows) {
+    Tile<4, kBlocks>(p, row, block);
+    row += 4;
+  }
+  switch (p.rows - row) {
+    case 3: return Tile<3, kBlocks>(p, row, block);
+    case 2: return Tile<2, kBlocks>(p, row, block);
+    case 1: return Tile<1, kBlocks>(p, row, block);
+  }
 }
 
 }  // namespace
@@ -62,6 +69,11 @@ void MultiplyAvx512(const Product& p, int64_t first, int64_t last) {
   int64_t block = first;
   if (p.rows == 1) {  // each sum waits for the one before it: more of them at once
     for (; block + 8 <= last; block += 8) Tile<1, 8>(p, 0, block);
+    if (block + 4 <= last) {
+      Tile<1, 4>(p, 0, block);
+      block += 4;
+    }
+    if (block + 3 == last) return Tile<1, 3>(p, 0, block);
   }
   for (; block + 2 <= last; block += 2) Rows<2>(p, block);
   if (block < last) Rows<1>(p, block);

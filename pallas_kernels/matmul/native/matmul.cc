@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "export.h"
 #include "processor.h"
 #include "product.h"
 #include "threads.h"
@@ -82,7 +83,7 @@ ffi::Error MultiplyAll(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buff
     chunks += (of_stack[1] + blocks_a_chunk - 1) / blocks_a_chunk;
     ends[i] = chunks;
   }
-  ParallelFor(pool, chunks, [&](int64_t chunk) {
+  ParallelFor(pool, chunks, chunks, [&](int64_t chunk) {
     size_t i = 0;
     while (chunk >= ends[i]) ++i;
     const int64_t first = (chunk - (i ? ends[i - 1] : 0)) * blocks_a_chunk;
@@ -94,6 +95,8 @@ ffi::Error MultiplyAll(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buff
 
 }  // namespace
 }  // namespace octavo
+
+OCTAVO_EXPORT XLA_FFI_Error* OctavoMatmul(XLA_FFI_CallFrame* call_frame);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(OctavoMatmul, octavo::MultiplyAll,
                               xla::ffi::Ffi::Bind()

@@ -5,19 +5,13 @@
 #include <cstdint>
 #include <cstring>
 
+#include "bfloat16.h"
 #include "product.h"
 
 namespace octavo {
 namespace {  // each kernel has its own, compiled for its instructions
 
-uint16_t Rounded(float value) {  // to nearest even; NaN stays NaN
-  uint32_t bits;
-  memcpy(&bits, &value, sizeof bits);
-  if ((bits & 0x7fffffff) > 0x7f800000) return static_cast<uint16_t>(bits >> 16 | 0x40);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
-void StoreBlock(const Product& p, int64_t row, int64_t block, const float* sums) {
+inline void StoreBlock(const Product& p, int64_t row, int64_t block, const float* sums) {
   int64_t at = row * p.columns + block * kColumns;
   if (p.is_float32) {
     memcpy(static_cast<float*>(p.y) + at, sums, kColumns * sizeof(float));

@@ -16,7 +16,6 @@ struct Attention {
   Type type;          // of both: kFloat32 or kBfloat16
   const char* pool;   // [blocks, kv_heads, block_size, 2 * head_dim], this step's entries written
   Type pool_type;
-  const float* float8;         // what each of the 256 values of kFloat8 means
   const int32_t* positions;    // [tokens]
   const int32_t* block_tables; // [rows, table_width]
   const float* sinks;          // [heads], or null
@@ -28,21 +27,43 @@ struct Attention {
   float scale, softcap;        // no softcap: 0
 };
 
-// Some tokens of one row, with one KV head.
+// Some tokens of one row, with one KV head, over positions [start, stop) as far as they see them.
 struct Item {
   int64_t row, first_token, last_token, kv_head;
+  int64_t start, stop;
+  bool has_sinks;  // a sink counts once, however many parts a context has
+  // Null where the item is all of a context. Else what it came to, for each token and head:
+  // head_dim weighted sums, the highest score, and the total of the weights.
+  float* part;
 };
 
 constexpr int kLanes = 16;         // of a vector
 constexpr int kMaxQueries = 48;    // of an item, one for each token and head: three vectors
 constexpr int64_t kMaxHeadDim = 256;
 
+namespace {  // each unit has its own
+
+inline int64_t ItemSize(Type type) {
+  return type == Type::kFloat32 ? 4 : type == Type::kBfloat16 ? 2 : 1;
+}
+
+inline int64_t PartSize(const Attention& a, const Item& item) {  // floats
+  return (item.last_token - item.first_token) * (a.heads / a.kv_heads) * (a.head_dim + 2);
+}
+
+}  // namespace
+
 using Attend = void (*)(const Attention&, const Item&);
+// The output of an item's tokens from `count` parts of its context, which lie one after the other.
+using Merge = void (*)(const Attention&, const Item& first, int64_t count);
 
 void AttendPortable(const Attention&, const Item&);
+void MergePortable(const Attention&, const Item& first, int64_t count);
 #if defined(__x86_64__)
 void AttendAvx2(const Attention&, const Item&);
+void MergeAvx2(const Attention&, const Item& first, int64_t count);
 void AttendAvx512(const Attention&, const Item&);
+void MergeAvx512(const Attention&, const Item& first, int64_t count);
 #endif
 
 }  // namespace octavo

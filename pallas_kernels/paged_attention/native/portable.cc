@@ -1,3 +1,4 @@
 // For any processor.
 #define ATTEND AttendPortable
+#define MERGE MergePortable
 #include "attend.inc"
