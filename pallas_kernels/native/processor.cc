@@ -1,5 +1,7 @@
 #include "processor.h"
 
+#include "export.h"
+
 #if defined(__x86_64__)
 #include <cpuid.h>
 #include <sys/syscall.h>
@@ -53,4 +55,4 @@ Instructions MostInstructions() {
 }  // namespace octavo
 
 // The number of `Instructions` that this processor runs, counted from the portable ones on.
-extern "C" int OctavoMostInstructions() { return static_cast<int>(octavo::MostInstructions()); }
+OCTAVO_EXPORT int OctavoMostInstructions() { return static_cast<int>(octavo::MostInstructions()); }

@@ -4,6 +4,7 @@
 #include <cstring>
 #include <vector>
 
+#include "export.h"
 #include "processor.h"
 #include "product.h"
 #include "threads.h"
@@ -94,6 +95,8 @@ ffi::Error MultiplyAll(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buff
 
 }  // namespace
 }  // namespace octavo
+
+OCTAVO_EXPORT XLA_FFI_Error* OctavoMatmul(XLA_FFI_CallFrame* call_frame);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(OctavoMatmul, octavo::MultiplyAll,
                               xla::ffi::Ffi::Bind()

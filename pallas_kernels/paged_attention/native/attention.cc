@@ -8,6 +8,7 @@
 #include <cstring>
 #include <vector>
 
+#include "export.h"
 #include "processor.h"
 #include "threads.h"
 #include "xla/ffi/api/ffi.h"
@@ -168,6 +169,8 @@ ffi::Error AttendAll(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k
 
 }  // namespace
 }  // namespace octavo
+
+OCTAVO_EXPORT XLA_FFI_Error* OctavoAttention(XLA_FFI_CallFrame* call_frame);
 
 XLA_FFI_DEFINE_HANDLER_SYMBOL(OctavoAttention, octavo::AttendAll,
                               xla::ffi::Ffi::Bind()
