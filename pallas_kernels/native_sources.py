@@ -36,13 +36,18 @@ def elsewhere() -> str | None:
     return f"native code is for Linux on x86-64, and this is {sys.platform} on {machine}"
 
 
+def sources() -> list[Path]:
+    """What is compiled, and what that includes; nothing in a wheel."""
+    return sorted(path for path in PACKAGE.rglob("*") if path.suffix in SUFFIXES)
+
+
 def digest() -> str | None:
     """Of the sources and the way that they are compiled; None where they aren't, as in a wheel."""
-    sources = sorted(path for path in PACKAGE.rglob("*") if path.suffix in SUFFIXES)
-    if not sources or not BUILD.exists():
+    found = sources()
+    if not found or not BUILD.exists():
         return None
     whole = hashlib.sha256()
-    for path in (BUILD, *sources):
+    for path in (BUILD, *found):
         content = hashlib.sha256(path.read_bytes()).hexdigest()
         whole.update(f"{path.relative_to(PACKAGE.parent).as_posix()} {content}\n".encode())
     return whole.hexdigest()
