@@ -13,9 +13,9 @@ from typing import Any
 from hatchling.builders.hooks.plugin.interface import BuildHookInterface
 
 ROOT = Path(__file__).resolve().parent
-# For its headers, of the lowest version that pyproject.toml allows: XLA takes a library that was
-# compiled with older headers, and refuses one with newer. What 0.11.2's give was loaded and passed
-# its tests with 0.12.0.1.
+# For its headers, of the lowest version that pyproject.toml allows: XLA takes what older headers
+# gave and refuses what newer ones gave. A library by 0.11.2's was tried: it passes its tests on
+# 0.12.0.1. One by those of 0.12.0.1 is refused on 0.11.2 (API 0.5 for 0.4).
 HEADERS = "jaxlib==0.11.2"
 
 

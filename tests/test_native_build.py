@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -231,6 +232,22 @@ def test_on_another_machine_nothing_is_compiled(
     assert f"this is {sys.platform} on aarch64" in capsys.readouterr().out
     assert calls(compiler) == 0
     assert f"this is {sys.platform} on aarch64" in str(native.unavailable())
+
+
+@needs_linux_x86_64
+@pytest.mark.parametrize(
+    ("jaxlib", "reason"),
+    [("99.1", r"compiled for jaxlib 99\.1, and this is"), ("0.9.10", r"can't be loaded")],
+)
+def test_a_library_for_a_newer_jaxlib_is_not_loaded(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, jaxlib: str, reason: str
+) -> None:
+    mark = native_sources.Mark("0" * 64, jaxlib)
+    (tmp_path / "_octavo.so").write_text(f"no library, with a mark: {mark}")
+    monkeypatch.setattr(native, "LIBRARY", tmp_path / "_octavo.so")
+    monkeypatch.setattr(native, "load", native.load.__wrapped__)  # as if for the first time
+    monkeypatch.setattr(native_sources, "digest", lambda: mark.digest)
+    assert re.search(reason, str(native.unavailable()))
 
 
 @needs_linux_x86_64

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 from functools import cache
+from importlib.metadata import version
 
 import jax
 
@@ -25,13 +27,19 @@ def unavailable() -> str | None:
         return reason
     if not LIBRARY.exists():
         return "native code was not compiled (`make native`, or install with a C++ compiler)"
+    mark, digest = native_sources.mark_of(LIBRARY), native_sources.digest()
+    if mark is None:
+        return f"{LIBRARY.name} can't be loaded (it is no library of ours); compile it anew"
+    if digest not in (None, mark.digest):
+        return "native code was compiled from other sources (`make native`)"
+    # XLA refuses it too, but only when it starts, and does not start then.
+    installed = version("jaxlib")
+    if _numbers(mark.jaxlib) > _numbers(installed):
+        return f"native code was compiled for jaxlib {mark.jaxlib}, and this is {installed}"
     try:
         load()
     except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
         return f"{LIBRARY.name} can't be loaded ({error}); compile it anew"
-    digest, mark = native_sources.digest(), native_sources.mark_of(LIBRARY)
-    if digest is not None and (mark is None or mark.digest != digest):
-        return "native code was compiled from other sources (`make native`)"
     if instructions() == "portable":
         return f"native code is for AVX2 and better, which this {platform.machine()} lacks"
     return None
@@ -51,3 +59,7 @@ def load() -> ctypes.CDLL:
         capsule = jax.ffi.pycapsule(getattr(library, symbol))
         jax.ffi.register_ffi_target(target, capsule, platform="cpu")
     return library
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
