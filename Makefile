@@ -158,5 +158,6 @@ clean: ## remove caches and build output
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 .PHONY: distclean
-distclean: clean ## clean, and remove .venv and the fetched model
+distclean: clean ## clean, and remove .venv, native code and the fetched model
+	rm -f pallas_kernels/native/_octavo.*
 	rm -rf $(VENV) .venv-gpu .venv-lm-eval .venv-cluster $(MODEL)
