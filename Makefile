@@ -6,7 +6,9 @@ SHELL := /bin/bash
 
 VENV := .venv
 BIN := $(VENV)/bin
+INSTALLED := $(VENV)/.octavo-installed
 READY := $(VENV)/.octavo-ready
+NATIVE := scripts/build_native.py $(shell find pallas_kernels -name '*.cc' -o -name '*.h' -o -name '*.inc')
 MODEL := models/SmolLM2-135M-Instruct.Q4_1.gguf
 PROTO := $(wildcard proto/octavo/v1/*.proto)
 
@@ -26,9 +28,14 @@ help: ## list the targets
 .PHONY: setup
 setup: $(READY) $(MODEL) ## create .venv, install the pinned dependencies, fetch the model
 
-$(READY): pyproject.toml constraints.txt scripts/make_venv.sh
+$(INSTALLED): pyproject.toml constraints.txt hatch_build.py scripts/make_venv.sh
 	@echo "installing octavo and its dependencies into $(VENV)"
 	@scripts/make_venv.sh $(VENV)
+	@touch $@
+
+# Compiles native code if its sources have changed, or says why it can't: OCTAVO_NATIVE=require|no.
+$(READY): $(INSTALLED) $(NATIVE)
+	@$(BIN)/python -m scripts.build_native
 	@touch $@
 
 # Order-only: the model is fetched if it is missing, not when the environment is newer.
@@ -121,8 +128,8 @@ survival: $(READY) ## every attack on a server as often as an attacker would (lo
 	OCTAVO_SURVIVAL=1 $(BIN)/python -m pytest tests/survival --timeout 0 -n 0 $(ARGS)
 
 .PHONY: native
-native: $(READY) ## compile the native code for CPUs, for attention.backend: cpu
-	@$(BIN)/python scripts/build_native.py
+native: $(INSTALLED) ## compile the native code for CPUs, as `make setup` does where it can; or fail
+	@OCTAVO_NATIVE=require $(BIN)/python -m scripts.build_native
 
 .PHONY: soak
 soak: $(READY) ## a server at capacity with failures, every token compared; ARGS="--minutes 30"
@@ -151,5 +158,6 @@ clean: ## remove caches and build output
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 .PHONY: distclean
-distclean: clean ## clean, and remove .venv and the fetched model
+distclean: clean ## clean, and remove .venv, native code and the fetched model
+	rm -f pallas_kernels/native/_octavo.*
 	rm -rf $(VENV) .venv-gpu .venv-lm-eval .venv-cluster $(MODEL)

@@ -43,5 +43,12 @@ fi
 # Without pip it is the remains of an interrupted run: start over.
 "$venv/bin/python" -m pip --version >/dev/null 2>&1 || create
 
+# The dependencies first, those of the build among them. Octavo is then built with these: a build in an
+# environment of its own would fetch another jaxlib, and constraints would not hold there.
 "$venv/bin/python" -m pip install --quiet ${constraints:+--constraint "$constraints"} \
-    --editable '.[dev]'
+    --requirement <("$venv/bin/python" -c '
+import tomllib
+with open("pyproject.toml", "rb") as file:
+    project = tomllib.load(file)["project"]
+print(*project["dependencies"], *project["optional-dependencies"]["dev"], sep="\n")')
+"$venv/bin/python" -m pip install --quiet --no-deps --no-build-isolation --editable .

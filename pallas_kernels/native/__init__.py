@@ -1,4 +1,4 @@
-"""The native code for CPUs: one library, which `make native` compiles.
+"""The native code for CPUs: one library, which the package's build compiles (hatch_build.py).
 
 Each op's sources lie beside it (`matmul/native`, `paged_attention/native`), what they share here.
 They run on XLA's own threads, and take the best instructions that the processor has when they run.
@@ -8,20 +8,34 @@ from __future__ import annotations
 
 import ctypes
 import platform
+import re
 from functools import cache
-from pathlib import Path
+from importlib.metadata import version
 
 import jax
 
-LIBRARY = Path(__file__).with_name("_octavo.so")
+from pallas_kernels import native_sources
+from pallas_kernels.native_sources import LIBRARY
+
 INSTRUCTIONS = ("portable", "avx2", "avx512", "amx")  # as in processor.h
 TARGETS = {"octavo_matmul": "OctavoMatmul", "octavo_attention": "OctavoAttention"}
 
 
 def unavailable() -> str | None:
     """Why native code doesn't run here, or would not pay, or None."""
+    if reason := native_sources.elsewhere():
+        return reason
     if not LIBRARY.exists():
-        return "native code was not compiled (`make native`)"
+        return "native code was not compiled (`make native`, or install with a C++ compiler)"
+    mark, digest = native_sources.mark_of(LIBRARY), native_sources.digest()
+    if mark is None:
+        return f"{LIBRARY.name} can't be loaded (it is no library of ours); compile it anew"
+    if digest not in (None, mark.digest):
+        return "native code was compiled from other sources (`make native`)"
+    # XLA refuses it too, but only when it starts, and does not start then.
+    installed = version("jaxlib")
+    if _numbers(mark.jaxlib) > _numbers(installed):
+        return f"native code was compiled for jaxlib {mark.jaxlib}, and this is {installed}"
     try:
         load()
     except (OSError, AttributeError, jax.errors.JaxRuntimeError) as error:
@@ -45,3 +59,7 @@ def load() -> ctypes.CDLL:
         capsule = jax.ffi.pycapsule(getattr(library, symbol))
         jax.ffi.register_ffi_target(target, capsule, platform="cpu")
     return library
+
+
+def _numbers(version: str) -> list[int]:
+    return [int(number) for number in re.findall(r"\d+", version)]
