@@ -132,6 +132,10 @@ soak: $(READY) ## a server at capacity with failures, every token compared; ARGS
 bench: setup ## benchmarks/, as docs/benchmarks/ reports them; ARGS=…
 	$(BIN)/python -m benchmarks $(ARGS)
 
+.PHONY: peers
+peers: ## .venv-peers: vLLM for CPUs and llama.cpp's server, for `python -m benchmarks compare`
+	@scripts/make_peers_venv.sh .venv-peers
+
 .PHONY: proto
 proto: $(READY) ## regenerate the gRPC stubs in engine/rpc
 	$(BIN)/python -m grpc_tools.protoc -Iengine/rpc=proto \
@@ -152,4 +156,4 @@ clean: ## remove caches and build output
 
 .PHONY: distclean
 distclean: clean ## clean, and remove .venv and the fetched model
-	rm -rf $(VENV) .venv-gpu .venv-lm-eval .venv-cluster $(MODEL)
+	rm -rf $(VENV) .venv-gpu .venv-lm-eval .venv-cluster .venv-peers $(MODEL)
