@@ -66,7 +66,7 @@ END
 }
 
 install_llama_server() {
-    local source=${OCTAVO_LLAMA_CPP-}
+    local source=${OCTAVO_LLAMA_CPP-} flags=
     if [ -n "${OCTAVO_LLAMA_SERVER-}" ]; then
         ln -sf "$(realpath "$OCTAVO_LLAMA_SERVER")" "$venv/bin/llama-server"
         return
@@ -83,10 +83,15 @@ install_llama_server() {
         tar -xzf "$scratch"/*.tar.gz -C "$scratch"
         source=$(echo "$scratch"/*/vendor/llama.cpp)
     fi
+    # GCC's amxtileintrin.h says that `ldtilecfg` reads 8 bytes of its 64, so the stores of the others
+    # are dropped and the server crashes on Q8_0 (ggml-org/llama.cpp#20824).
+    if grep -q amx_int8 /proc/cpuinfo 2>/dev/null; then
+        flags='-fno-dse -fno-tree-dse'
+    fi
     cmake -S "$source" -B "$scratch/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
         -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
         -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF \
-        -DLLAMA_BUILD_APP=OFF >"$scratch/log"
+        -DLLAMA_BUILD_APP=OFF -DCMAKE_CXX_FLAGS="$flags" >"$scratch/log"
     cmake --build "$scratch/build" --target llama-server --parallel "$(nproc)" \
         >>"$scratch/log" 2>&1 || { tail -n 30 "$scratch/log" >&2; return 1; }
     install "$scratch/build/bin/llama-server" "$venv/bin/llama-server"
