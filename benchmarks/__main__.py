@@ -261,7 +261,7 @@ def compare(
     fresh: Annotated[bool, Parameter(negative=())] = False,
     prefix_caching: bool = True,
     cores: Annotated[list[int] | None, SEVERAL] = None,
-    min_agreement: float = 0.5,
+    min_agreement: float = 0.3,
     venv: Path = Path(".venv-peers"),
     output: Path = RESULTS,
 ) -> int:

@@ -273,8 +273,7 @@ def _show(
     path: Path,
 ) -> int:
     """Print the tables and what is wrong with them; returns the exit code."""
-    # Wide tables go into files and documents: no wrapping where there is no terminal.
-    console = Console(width=None if sys.stdout.isatty() else 200)
+    console = Console(width=max(Console().width, 200))  # a narrower table would lose figures
     cores = ", ".join(map(str, setting.cores))
     caching = "on" if setting.prefix_caching else "off"
     for workload, rows in turns.items():

@@ -16,7 +16,15 @@ import sys
 import tempfile
 import time
 
-from benchmarks.peers.protocol import UNKNOWN, Answer, Request, Round, channel, parser
+from benchmarks.peers.protocol import (
+    UNKNOWN,
+    Answer,
+    Request,
+    Round,
+    channel,
+    die_with_parent,
+    parser,
+)
 
 HOST = "127.0.0.1"
 START_SECONDS = 120.0
@@ -48,7 +56,9 @@ def main() -> None:
             # The host's copies of old prompts would outlive what a round may find.
             *("--cache-ram", "0", "--slot-save-path", folder, "--no-webui", "--log-disable"),
         ]
-        server = subprocess.Popen(command, stdin=subprocess.DEVNULL, stdout=sys.stderr)
+        server = subprocess.Popen(
+            command, stdin=subprocess.DEVNULL, stdout=sys.stderr, preexec_fn=die_with_parent
+        )
         try:
             _wait_until_ready(server, port)
             caching = not asked.no_prefix_caching

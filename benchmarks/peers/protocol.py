@@ -105,6 +105,12 @@ def parser(description: str | None) -> argparse.ArgumentParser:
     return options
 
 
+def die_with_parent() -> None:
+    """End this process with the one that started it: stopped, it would stay for good (Linux)."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+
+
 @contextlib.contextmanager
 def channel(cores: str) -> Iterator[Channel]:
     """Pin this process to cores and open its end; everything else it prints goes to stderr.
@@ -113,8 +119,7 @@ def channel(cores: str) -> Iterator[Channel]:
     """
     if sys.platform == "linux":
         os.sched_setaffinity(0, {int(core) for core in cores.split(",")})
-        # A runner that is stopped while its parent is killed would otherwise stay for good.
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL)
+    die_with_parent()
     with os.fdopen(os.dup(1), "w") as out:
         os.dup2(2, 1)
         yield Channel(sys.stdin, out)

@@ -26,6 +26,7 @@ from engine.bench.figures import (
 from engine.bench.report import BUSY_CORES
 
 FIRST = 16  # tokens of an answer that rounding hardly ever changes
+ENOUGH = 16  # answers from which a share of them says something
 RATE = "output_tokens_per_second"
 # Figures of which ours is divided by a peer's: name, label, unit's scale, decimals.
 LATENCIES = (
@@ -266,7 +267,7 @@ def complaints(
     if len(failures) > most_shown:
         found.append(f"{len(failures)} answers in all are not what was asked for")
     for engine, agreed in agreements.items():
-        if agreed is not None and agreed.first < least:
+        if agreed is not None and agreed.requests >= ENOUGH and agreed.first < least:
             found.append(
                 f"{engine}: only {agreed.first:.0%} of {agreed.requests} answers begin with our "
                 f"{FIRST} tokens, less than --min-agreement {least:g}: it does not compute the same"

@@ -266,10 +266,12 @@ def test_a_token_that_was_not_told_differs_from_none() -> None:
 
 
 def test_a_peer_that_computes_something_else_is_complained_of() -> None:
-    agreed = Agreement(requests=10, first=0.4, whole=0.1, common_median=5.0)
+    agreed = Agreement(requests=20, first=0.4, whole=0.1, common_median=5.0)
     (complaint,) = results.complaints({}, {"peer": agreed, "other": None}, least=0.5)
-    assert "peer: only 40% of 10 answers" in complaint
+    assert "peer: only 40% of 20 answers" in complaint
     assert results.complaints({}, {"peer": agreed}, least=0.4) == []
+    few = agreed._replace(requests=results.ENOUGH - 1)
+    assert results.complaints({}, {"peer": few}, least=0.5) == []
 
 
 def test_ratios_are_taken_round_by_round() -> None:
@@ -425,5 +427,5 @@ def test_an_engine_that_computes_something_else_is_exit_code_1(
         start = engines.Start(runner(body), {"PYTHONPATH": str(ROOT)})
         engine = engines.Engine("counts", lambda _, start=start: start, lambda _: None)
         monkeypatch.setitem(engines.ENGINES, name, engine)
-    assert compared(tmp_path)() == 1
+    assert compared(tmp_path, rounds=16)() == 1
     assert "does not compute the same" in " ".join(capsys.readouterr().out.split())
