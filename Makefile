@@ -139,6 +139,10 @@ soak: $(READY) ## a server at capacity with failures, every token compared; ARGS
 bench: setup ## benchmarks/, as docs/benchmarks/ reports them; ARGS=…
 	$(BIN)/python -m benchmarks $(ARGS)
 
+.PHONY: peers
+peers: ## .venv-peers: vLLM for CPUs and llama.cpp's server, for `python -m benchmarks compare`
+	@scripts/make_peers_venv.sh .venv-peers
+
 .PHONY: proto
 proto: $(READY) ## regenerate the gRPC stubs in engine/rpc
 	$(BIN)/python -m grpc_tools.protoc -Iengine/rpc=proto \
@@ -158,6 +162,6 @@ clean: ## remove caches and build output
 	find . -name __pycache__ -not -path './$(VENV)/*' -prune -exec rm -rf {} +
 
 .PHONY: distclean
-distclean: clean ## clean, and remove .venv, native code and the fetched model
+distclean: clean ## clean, and remove all environments, native code and the fetched model
 	rm -f pallas_kernels/native/_octavo.*
-	rm -rf $(VENV) .venv-gpu .venv-lm-eval .venv-cluster $(MODEL)
+	rm -rf $(VENV) .venv-gpu .venv-lm-eval .venv-cluster .venv-peers $(MODEL)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import cyclopts
 from cyclopts import Parameter
@@ -244,6 +244,59 @@ def streaming(
     sizes = benchmark.Sizes(streams, requests or streams, input_len, output_len)
     return benchmark.run(
         config, tuple(set_ or ()), sizes, rounds=rounds, step_ms=step_ms, folder=output
+    )
+
+
+@app.command
+def compare(
+    *,
+    config: Annotated[Path, Parameter(name=["--config", "-c"])] = Path(
+        "configs/smollm2-135m-cpu.yaml"
+    ),
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    ours: Literal["in-process", "grpc"] = "in-process",
+    peers: Annotated[list[str] | None, SEVERAL] = None,
+    workload: Annotated[list[str] | None, SEVERAL] = None,
+    rounds: int = 5,
+    fresh: Annotated[bool, Parameter(negative=())] = False,
+    prefix_caching: bool = True,
+    cores: Annotated[list[int] | None, SEVERAL] = None,
+    min_agreement: float = 0.3,
+    venv: Path = Path(".venv-peers"),
+    output: Path = RESULTS,
+) -> int:
+    """Run ours and other engines, which `make peers` installs, in turn over the same requests.
+
+    Args:
+      config: a YAML file, whose model is a GGUF file.
+      set_: key=value that replaces the config's, dotted.
+      ours: how ours is read.
+      peers: vllm vllm-eager llama.cpp llama.cpp-q8_0; those that are installed by default.
+      workload: names of files in benchmarks/workloads/, or files; by default single decode16
+        mixed64.
+      rounds: of each workload and engine, after one that doesn't count.
+      fresh: start an engine anew for each of its turns, instead of stopping it between them.
+      prefix_caching: whether the requests of a round may share computed prefixes.
+      cores: that all engines are pinned to; by default all that there are.
+      min_agreement: the least share of a peer's answers that must begin with our tokens.
+      venv: folder that `make peers` has made.
+      output: folder for the JSON.
+    """
+    from benchmarks import compare as benchmark
+
+    return benchmark.run(
+        config,
+        tuple(set_ or ()),
+        ours=ours,
+        peers=peers,
+        workloads=workload or ("single", "decode16", "mixed64"),
+        rounds=rounds,
+        fresh=fresh,
+        prefix_caching=prefix_caching,
+        cores=cores,
+        min_agreement=min_agreement,
+        venv=venv,
+        folder=output,
     )
 
 

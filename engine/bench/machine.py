@@ -63,7 +63,7 @@ class Meter:
         own = time.process_time() if self._pid is None else _process_seconds(self._pid)
         if self._pid is not None:
             own = None if own is None else own + time.process_time()  # the client is no stranger
-        return time.perf_counter(), _busy_seconds(), own
+        return time.perf_counter(), busy_seconds(), own
 
 
 def peak_rss_bytes(pid: int | None = None) -> int | None:
@@ -135,7 +135,7 @@ def _git(root: Path, *arguments: str) -> str:
     return result.stdout.strip()
 
 
-def _busy_seconds() -> float | None:
+def busy_seconds() -> float | None:
     """CPU seconds that all cores were busy, or stolen by another guest of the host (proc(5))."""
     try:
         with open("/proc/stat") as file:
