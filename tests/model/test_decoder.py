@@ -15,8 +15,9 @@ from flax import nnx
 from engine.config import Architecture, RopeScaling
 from engine.model import decoder
 from engine.model.attention import Attention, Ragged
-from engine.model.products import BY_XLA
+from engine.model.products import BY_XLA, Products
 from tests.architectures import LLAMA_8B, SMOLLM2_135M
+from tests.paged_attention.oracle import NATIVE
 
 U16, U32 = 2.0**-8, 2.0**-24  # unit roundoffs of bfloat16 and float32
 
@@ -148,6 +149,45 @@ def test_a_bfloat16_model_gives_float32_logits_and_keeps_its_pools_dtype(
     allowed = 16 * U16 * np.abs(plain).max()
     np.testing.assert_allclose(logits(3, jnp.bfloat16), plain, rtol=0, atol=allowed)
     np.testing.assert_allclose(logits(3, jnp.float32), plain, rtol=0, atol=allowed)
+
+
+@pytest.mark.skipif(not NATIVE, reason="no native code")
+@pytest.mark.parametrize("tie_embeddings", [False, True])
+def test_a_model_with_packed_weights_computes_what_the_reference_does(
+    tie_embeddings: bool,
+) -> None:
+    arch = dataclasses.replace(
+        TINY, vocab_size=48, intermediate_size=64, tie_embeddings=tie_embeddings, qkv_bias=True
+    )
+    ragged = Ragged(
+        token_rows=jnp.zeros(5, jnp.int32),
+        positions=jnp.arange(5, dtype=jnp.int32),
+        query_starts=jnp.array([0, 5], jnp.int32),
+        kv_lens=jnp.array([5], jnp.int32),
+        block_tables=jnp.array([[1]], jnp.int32),
+    )
+
+    def logits(products: Products) -> jax.Array:
+        model = decoder.Decoder(arch, jnp.bfloat16, nnx.Rngs(0), products)
+        definition, state = nnx.split(model)
+        flat = {".".join(map(str, path)): leaf[...] for path, leaf in nnx.to_flat_state(state)}
+        flat["layers.q_proj.bias"] = random(*flat["layers.q_proj.bias"].shape)
+        shapes = {name: (leaf.shape, leaf.dtype) for name, leaf in flat.items()}
+        packed = products.pack(flat)
+        assert flat == {} or packed is flat  # nothing is held twice
+        assert packed.keys() == shapes.keys()
+        tree: Any = {tuple(name.split(".")): leaf for name, leaf in packed.items()}
+        model = nnx.merge(definition, nnx.from_flat_state(tree))
+        pool = jnp.zeros((3 * 2, 2, 8, 16), jnp.bfloat16)
+        tokens = jnp.arange(5, dtype=jnp.int32) * 7
+        hidden, _ = jax.jit(lambda pool: model(tokens, pool, ragged, Attention("xla")))(pool)
+        return jax.jit(model.logits)(hidden)
+
+    plain = logits(Products("reference"))
+    packed = logits(Products("cpu"))
+    assert packed.dtype == jnp.float32
+    # Three layers of a few roundings each, which sums in another order may turn over.
+    np.testing.assert_allclose(packed, plain, rtol=0, atol=16 * U16 * np.abs(plain).max())
 
 
 def test_an_abstract_decoder_allocates_nothing_and_names_every_axis() -> None:

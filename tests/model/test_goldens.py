@@ -15,6 +15,7 @@ from engine.config import Backend
 from engine.model.attention import Attention, Ragged, kv_pool_shape
 from engine.model.decoder import Decoder
 from engine.weights import convert, open_checkpoint
+from pallas_kernels import native
 from tests.conftest import DATA, TINY_MODELS
 from tests.engines import load_decoder, make_request, small_engine
 from tests.model.goldens import GOLDEN_TOLERANCE, golden, through_engine
@@ -29,7 +30,8 @@ from tests.weights.checkpoints import (
 BLOCK_SIZE = 8
 # The same program but for the order of some sums: a few units in the last place of ten.
 BACKEND_TOLERANCE = 2e-5
-BACKENDS: tuple[Backend, ...] = ("xla", "reference")
+NATIVE: tuple[Backend, ...] = () if native.unavailable() else ("cpu",)
+BACKENDS: tuple[Backend, ...] = ("xla", "reference", *NATIVE)
 
 
 @pytest.fixture(scope="module")
@@ -77,6 +79,7 @@ def forward(
         num_kv_heads=arch.num_kv_heads,
         block_size=BLOCK_SIZE,
         head_dim=arch.head_dim,
+        backend=backend,
     )
     pool = jnp.full(shape, jnp.nan, jnp.float32)
     definition, weights = nnx.split(model)
@@ -111,6 +114,10 @@ def test_every_logit_is_the_references_by_every_backend_from_every_format(
     oracle = logits("safetensors", "reference")
     np.testing.assert_allclose(oracle, reference["logits"], rtol=0, atol=GOLDEN_TOLERANCE)
     np.testing.assert_allclose(plain, oracle, rtol=0, atol=BACKEND_TOLERANCE)
+    for backend in NATIVE:
+        by_native = logits("safetensors", backend)
+        np.testing.assert_allclose(by_native, reference["logits"], rtol=0, atol=GOLDEN_TOLERANCE)
+        np.testing.assert_allclose(by_native, plain, rtol=0, atol=BACKEND_TOLERANCE)
     np.testing.assert_array_equal(logits("orbax", "xla"), plain)
     gguf = logits("gguf", "xla")
     np.testing.assert_allclose(gguf, reference["logits"], rtol=0, atol=GOLDEN_TOLERANCE)

@@ -20,7 +20,6 @@ BACKENDS: tuple[pa.Backend, ...] = ("xla", "reference")
 @pytest.mark.parametrize(
     ("name", "platform", "device_kind", "backend", "reason"),
     [
-        ("auto", "cpu", "cpu", "xla", "the one for cpu"),
         ("auto", "tpu", "TPU v5 lite", "tpu", "made for TPU v5 lite"),
         ("auto", "gpu", "NVIDIA H100 80GB HBM3", "gpu", "made for NVIDIA H100 80GB HBM3"),
         ("auto", "cuda", "NVIDIA H200", "gpu", "made for NVIDIA H200"),

@@ -174,6 +174,7 @@ async def test_a_hangup_signal_has_the_file_read_at_once(
 
     monkeypatch.setattr(files, "LOOK_SECONDS", 3600.0)
     caplog.set_level(logging.INFO, "octavo.serve")
+    before = signal.getsignal(signal.SIGHUP)  # ignored under nohup
     async with serving(path, fake) as server:
         with run._rereading_on_hangup(server):
             os.kill(os.getpid(), signal.SIGHUP)
@@ -182,7 +183,7 @@ async def test_a_hangup_signal_has_the_file_read_at_once(
             write(path, tenants(alice={"max_concurrent": 1}))
             os.kill(os.getpid(), signal.SIGHUP)
             await until(lambda: lines(logging.WARNING))
-    assert signal.getsignal(signal.SIGHUP) is signal.SIG_DFL
+    assert signal.getsignal(signal.SIGHUP) is before
 
 
 def test_an_expired_key_is_said_once(path: Path, caplog: pytest.LogCaptureFixture) -> None:

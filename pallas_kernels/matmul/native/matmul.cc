@@ -56,9 +56,9 @@ ffi::Error MultiplyAll(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::Buff
 
   std::vector<Product> products(stacks.size());
   std::vector<int64_t> ends(stacks.size());  // of each product's chunks
-  int64_t blocks_a_chunk = kChunkBytes / (kColumns * depth * 2);
-  if (blocks_a_chunk < 1) blocks_a_chunk = 1;
-  if (blocks_a_chunk > 4 || rows > 1) blocks_a_chunk = (blocks_a_chunk + 3) / 4 * 4;
+  // In fours, which kernels take at once.
+  const int64_t at_least = kChunkBytes / (kColumns * depth * 2);
+  const int64_t blocks_a_chunk = at_least < 4 ? 4 : (at_least + 3) / 4 * 4;
   int64_t chunks = 0;
   for (size_t i = 0; i < stacks.size(); ++i) {
     auto stack = stacks.get<ffi::AnyBuffer>(i);

@@ -172,9 +172,14 @@ inline Floats LoadAs(const char* at, int64_t index) {
     if constexpr (kType == Type::kFloat32) {
       memcpy(&value.part[p], at + 4 * first, sizeof(Part));
     } else if constexpr (kType == Type::kBfloat16) {
+#if defined(__AVX512F__)  // GCC 12 would widen halves of it, and put them together
+      const __m256i halves = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(at + 2 * first));
+      value.part[p] = (Part)_mm512_slli_epi32(_mm512_cvtepu16_epi32(halves), 16);
+#else
       Halves halves;
       memcpy(&halves, at + 2 * first, sizeof halves);
       value.part[p] = AsFloats(__builtin_convertvector(halves, Bits) << 16);
+#endif
     } else if constexpr (kType == Type::kInt8) {
       value.part[p] = __builtin_convertvector(WidenSigned(at + first), Part);
     } else {
