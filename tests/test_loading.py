@@ -21,6 +21,7 @@ from engine.config_file import from_tree
 from engine.core.block_keys import child_key, root_key
 from engine.core.limits import Limits
 from engine.loading import load_engine, make_limits, use_compile_cache
+from engine.reload import read_again
 from engine.runtime.runner import Runner
 from engine.sampling import MAX_STOP_TOKENS
 from engine.text import TokenizerError
@@ -29,6 +30,7 @@ from engine.weights import WeightsError
 from engine.weights.kv_scales import encode_scales
 from pallas_kernels import native
 from tests.runtime import tiny
+from tests.weights.checkpoints import LLAMA, random_tensors, write_folder
 
 # The tiny model, of the sizes that native products take.
 NATIVE_ARCH = dataclasses.replace(tiny.ARCH, vocab_size=272)
@@ -447,3 +449,43 @@ def test_a_full_disk_is_noticed_and_left_clean(
     assert "No space left on device" in caplog.text
     assert list(tmp_path.iterdir()) == []
     compile_something(30.5)
+
+
+@pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("is_tied", [False, True])
+def test_an_engine_on_native_code_packs_weights_when_it_loads_and_when_it_reloads(
+    tmp_path: Path, is_tied: bool
+) -> None:
+    config = LLAMA | {
+        "vocab_size": 272,
+        "hidden_size": 64,
+        "intermediate_size": 96,
+        "num_attention_heads": 4,
+        "num_key_value_heads": 2,
+        "head_dim": 16,
+        "max_position_embeddings": 512,
+        "tie_word_embeddings": is_tied,
+    }
+
+    def write(name: str, seed: int) -> Path:
+        folder = write_folder(tmp_path / name, config, random_tensors(config, seed))
+        return tiny.write_tokenizer(folder)
+
+    def load(folder: Path) -> loading.LoadedEngine:
+        return load_engine(from_tree(tiny.config_tree(folder, **{"model.dtype": "bfloat16"})))
+
+    served, other = load(write("served", 0)), load(write("other", 1))
+    assert (served.attention, served.products) == ("cpu", "cpu")
+    kernel = "embed.weight" if is_tied else "lm_head.kernel"
+    assert served.runner.weights[kernel].shape == (17, 32, 16, 2)
+    assert read_again(served) is None
+    write("served", 1)
+    ready = read_again(served)
+    assert ready is not None
+    assert ready.fingerprint == other.weights_fingerprint
+    assert ready.weights.keys() == served.runner.weights.keys()
+    for name, array in ready.weights.items():
+        np.testing.assert_array_equal(
+            np.asarray(array, np.float32), np.asarray(other.runner.weights[name], np.float32)
+        )
+        assert array.sharding == served.runner.weights[name].sharding

@@ -47,14 +47,6 @@ void Store(const Product& p, int64_t row, int rows, int64_t block, const float* 
   }
 }
 
-// Asks for a tile of weights before its turn comes.
-inline void Expect(const uint16_t* tile) {
-  constexpr int kAhead = 2;  // tiles
-  for (int line = 0; line < 16; ++line) {
-    __builtin_prefetch(reinterpret_cast<const char*>(tile) + kAhead * 1024 + line * 64);
-  }
-}
-
 // Up to 16 rows by four blocks of columns. Tiles 4 is x, 5 to 7 weights in turn.
 template <int kBlocks>
 void FewRows(const Product& p, int64_t row, int rows, int64_t block) {
@@ -67,7 +59,6 @@ void FewRows(const Product& p, int64_t row, int rows, int64_t block) {
   if (kBlocks > 3) _tile_zero(3);
   for (int64_t k = 0; k < p.depth; k += kTileDepth) {
     const uint16_t* at = w + k * kColumns;
-    for (int i = 0; i < kBlocks; ++i) Expect(at + i * stride);
     _tile_loadd(4, x + k, p.depth * 2);
     _tile_loadd(6, at, 64);
     _tile_dpbf16ps(0, 4, 6);
