@@ -72,11 +72,8 @@ class Embed(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and feed-forward, each normed before and added after.
-
-    Matrices are of all layers when it is called, and everything else of one: a product takes its
-    layer out of the stack, which as a slice would be a copy for native code.
-    """
+    """Attention and feed-forward, each normed before and added after. Called with the matrices of
+    all layers, as a slice would be a copy for native code, and with all else of one layer."""
 
     def __init__(self, rngs: nnx.Rngs, arch: Architecture, dtype, products: Products):
         self.arch = arch
@@ -117,15 +114,13 @@ class DecoderLayer(nnx.Module):
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
         q_TNH, k_TKH = apply_rope(q_TNH, rope), apply_rope(k_TKH, rope)
         out_TNH, kv_pool = attend(q_TNH, k_TKH, v_TKH, kv_pool)
-        (out_TD,) = self._multiply(out_TNH.reshape(len(out_TNH), -1), layer, self.o_proj)
-        return out_TD, kv_pool
+        return self._multiply(out_TNH.reshape(len(out_TNH), -1), layer, self.o_proj)[0], kv_pool
 
     def _feed_forward(self, x_TD, layer):
         gate_TF, up_TF = self._multiply(x_TD, layer, self.gate_proj, self.up_proj)
         # In bfloat16, the sigmoid would round once more than need be, and no faster.
         hidden_TF = jax.nn.silu(gate_TF.astype(jnp.float32)) * up_TF.astype(jnp.float32)
-        (out_TD,) = self._multiply(hidden_TF.astype(x_TD.dtype), layer, self.down_proj)
-        return out_TD
+        return self._multiply(hidden_TF.astype(x_TD.dtype), layer, self.down_proj)[0]
 
     def _multiply(self, x, layer, *linears: Linear):
         """x times one layer's matrix of each, biases added."""
@@ -201,9 +196,8 @@ class Decoder(nnx.Module):
 
         # The sum of all layers is float32 whatever the weights are: rounding it to bfloat16
         # sixty times would be most of the error, and it is small beside everything else.
-        table = self.embed.weight[...]
-        is_tied = self.lm_head is None  # so the table is packed for products
-        x_TD = self.products.embed(table, token_ids) if is_tied else table[token_ids]
+        table = self.embed.weight[...]  # packed for products where it is tied
+        x_TD = self.products.embed(table, token_ids) if self.lm_head is None else table[token_ids]
         x_TD = x_TD.astype(jnp.float32)
         indices = jnp.arange(arch.num_layers, dtype=jnp.int32)
         layers = (weights, indices, kv_scales_L2K)
@@ -214,8 +208,7 @@ class Decoder(nnx.Module):
         """Scores over the vocabulary, float32[S, V]."""
         if self.lm_head is None:
             return self.products.scores(x_SD, self.embed.weight[...])
-        (scores_SV,) = self.products(x_SD, [self.lm_head.kernel[...][None]], 0, jnp.float32)
-        return scores_SV
+        return self.products(x_SD, [self.lm_head.kernel[...][None]], 0, jnp.float32)[0]
 
 
 def abstract_decoder(arch: Architecture, dtype: Any, products: Products = BY_XLA) -> Decoder:

@@ -145,13 +145,11 @@ def sample(
 def _best(logits_SV: jax.Array) -> jax.Array:
     """The first of each row's highest logits, int32[S]; any token where one is NaN.
 
-    `jnp.argmax` compares pairs of value and index, which XLA's CPU does one by one: four times as
-    long.
+    Of `jnp.argmax`, XLA's CPU compares pairs of value and index one by one: four times as long.
     """
-    vocab_size = logits_SV.shape[1]
     is_best = logits_SV == jnp.max(logits_SV, axis=1, keepdims=True)
     indices = jax.lax.broadcasted_iota(jnp.int32, logits_SV.shape, 1)
-    return jnp.min(jnp.where(is_best, indices, vocab_size - 1), axis=1)
+    return jnp.min(jnp.where(is_best, indices, logits_SV.shape[1] - 1), axis=1)
 
 
 def token_logprobs(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:
