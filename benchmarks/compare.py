@@ -7,7 +7,6 @@ may spin while they wait for work. docs/comparing.md says what is compared and w
 from __future__ import annotations
 
 import contextlib
-import datetime
 import os
 import sys
 import time
@@ -236,13 +235,7 @@ def _report(
     agreements: dict[str, Agreement | None],
 ) -> dict[str, Any]:
     return {
-        "schema": 1,
-        "benchmark": "compare",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": machine.command_line(),
-        "versions": machine.versions(),
-        "git": machine.git_state(),
-        "hardware": machine.hardware(),
+        **machine.provenance("compare"),
         "cores": setting.cores,
         "prefix_caching": setting.prefix_caching,
         "fresh": fresh,

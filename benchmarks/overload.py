@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import datetime
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
@@ -241,13 +240,7 @@ def _finish(name: str, title: str, points: Sequence[Point], folder: Path) -> int
     """Print the table and write the JSON; returns 1 if a request did not finish."""
     folder.mkdir(parents=True, exist_ok=True)
     report = {
-        "schema": 1,
-        "benchmark": name,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": machine.command_line(),
-        "versions": machine.versions(),
-        "git": machine.git_state(),
-        "hardware": machine.hardware(),
+        **machine.provenance(name),
         "points": points,
     }
     path = folder / f"{name}.json"

@@ -8,7 +8,6 @@ SmolLM2-135M's shapes in bfloat16. A first call of each is compared with the ref
 from __future__ import annotations
 
 import dataclasses
-import datetime
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -119,13 +118,7 @@ def run(
             results += _measure(product, contestants, count, rounds, seconds)
     load = meter.stop()
     report = {
-        "schema": 1,
-        "benchmark": "products",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": machine.command_line(),
-        "versions": machine.versions(),
-        "git": machine.git_state(),
-        "hardware": machine.hardware(),
+        **machine.provenance("products"),
         "instructions": None if native.unavailable() else native.instructions(),
         "machine": load,
         "results": results,

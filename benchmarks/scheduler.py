@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import datetime
 import gc
 import itertools
 import os
@@ -170,13 +169,7 @@ def run(*, sequences: int, steps: int, rounds: int, pools: Sequence[int], folder
     ]
     load = meter.stop()
     report = {
-        "schema": 1,
-        "benchmark": "scheduler",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": machine.command_line(),
-        "versions": machine.versions(),
-        "git": machine.git_state(),
-        "hardware": machine.hardware(),
+        **machine.provenance("scheduler"),
         "machine": load,
         "results": results,
     }

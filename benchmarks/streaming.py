@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import datetime
 import math
 import os
 import statistics
@@ -198,13 +197,7 @@ def _report(
     held: int,
 ) -> dict[str, Any]:
     return {
-        "schema": 1,
-        "benchmark": "streaming",
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-        "command": machine.command_line(),
-        "versions": machine.versions(),
-        "git": machine.git_state(),
-        "hardware": machine.hardware(machine.jax_device() if step_ms is None else None),
+        **machine.provenance("streaming", machine.jax_device() if step_ms is None else None),
         "sizes": sizes,
         "step_ms": step_ms,
         "overrides": overrides,

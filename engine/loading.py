@@ -105,9 +105,7 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     model = abstract_decoder(held, jnp.dtype(config.model.dtype), Products(multiplied.backend))
     shape = runner_shape(config, limits)
     with enough_memory("the weights don't fit", "raise mesh.tensor or set model.dtype to bfloat16"):
-        weights = read_weights(
-            checkpoint, model, mesh, copies, functools.partial(show, "Loading weights")
-        )
+        weights = read_weights(checkpoint, model, mesh, functools.partial(show, "Loading weights"))
     attention = Attention(resolved.backend, mesh)
     if scales is not None:
         scales = np.repeat(scales, copies, axis=-1)
@@ -166,23 +164,22 @@ def read_weights(
     checkpoint: Checkpoint,
     model: Decoder,
     mesh: Mesh,
-    kv_copies: int,
     progress: Callable[[int, int], None] | None = None,
 ) -> dict[str, jax.Array]:
     """A model's weights on its mesh, packed as its products want them.
 
     Args:
-      checkpoint: of the model.
-      model: abstract.
+      checkpoint: of the model, with each KV head once.
+      model: abstract, with KV heads as often as chips hold them.
       mesh: where its weights go.
-      kv_copies: of each KV head, as the model has them.
       progress: called with bytes read and bytes in all.
 
     Raises:
       WeightsError: they can't be read.
     """
     placed = weight_shardings(model, mesh)
-    return model.products.pack(load_params(checkpoint, placed, progress, kv_copies=kv_copies))
+    copies = model.arch.num_kv_heads // checkpoint.architecture.num_kv_heads
+    return model.products.pack(load_params(checkpoint, placed, progress, kv_copies=copies))
 
 
 def make_limits(

@@ -20,10 +20,9 @@ from engine.loading import (
     read_weights,
     tokenizer_of,
 )
-from engine.memory_plan import kv_copies
 from engine.runtime.disk_tier import DiskTier
 from engine.runtime.tiers import Tiers, open_disk_tier
-from engine.weights import open_checkpoint, with_kv_copies
+from engine.weights import open_checkpoint
 
 if TYPE_CHECKING:
     from engine.runtime.loop import EngineLoop
@@ -112,21 +111,19 @@ def read_again(loaded: LoadedEngine) -> ReadyWeights | None:
             "the new weights come with another tokenizer, chat template or end tokens, which a "
             "running server can't exchange; start a new server for them"
         )
-    copies = kv_copies(loaded.architecture, config.mesh.tensor)
     runner = loaded.runner
     with enough_memory(
         "the new weights don't fit beside the old ones",
         "restart the server instead, or leave as much memory free as the weights take",
     ):
-        weights = read_weights(checkpoint, runner.model, runner.mesh, copies)
+        weights = read_weights(checkpoint, runner.model, runner.mesh)
         jax.block_until_ready(weights)
     old = loaded.limits.fingerprint
     limits = dataclasses.replace(
         loaded.limits,
         fingerprint=checkpoint.fingerprint + old.removeprefix(loaded.weights_fingerprint),
     )
-    arch = with_kv_copies(loaded.architecture, copies)
-    disk = open_disk_tier(config, limits, arch, *runner.backends)
+    disk = open_disk_tier(config, limits, runner.arch, *runner.backends)
     return ReadyWeights(weights, limits, checkpoint.fingerprint, disk)
 
 

@@ -6,6 +6,7 @@ Foreign load comes from Linux's /proc; elsewhere those figures are None, never a
 from __future__ import annotations
 
 import contextlib
+import datetime
 import os
 import platform
 import shlex
@@ -64,6 +65,24 @@ class Meter:
         if self._pid is not None:
             own = None if own is None else own + time.process_time()  # the client is no stranger
         return time.perf_counter(), busy_seconds(), own
+
+
+def provenance(benchmark: str, device: dict[str, Any] | None = None) -> dict[str, Any]:
+    """What a report begins with: of which benchmark it is, and when, how and where it came about.
+
+    Args:
+      benchmark: its name.
+      device: from `jax_device`, if one was used.
+    """
+    return {
+        "schema": 1,
+        "benchmark": benchmark,
+        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
+        "command": command_line(),
+        "versions": versions(),
+        "git": git_state(),
+        "hardware": hardware(device),
+    }
 
 
 def peak_rss_bytes(pid: int | None = None) -> int | None:

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 
 from engine.config import Architecture
+from engine.weights.checkpoint import native_shapes
 from pallas_kernels import matmul as mm
 from pallas_kernels.matmul import Resolved, resolve_backend
 
@@ -75,13 +76,8 @@ _pack_table = jax.jit(mm.pack_table, static_argnums=1)
 
 def matrix_shapes(arch: Architecture) -> list[tuple[int, int]]:
     """(rows, columns) of every matrix that a decoder multiplies with."""
-    width, ffn = arch.hidden_size, arch.intermediate_size
-    q_width, kv_width = arch.num_heads * arch.head_dim, arch.num_kv_heads * arch.head_dim
-    return [
-        (width, q_width),
-        (width, kv_width),
-        (q_width, width),
-        (width, ffn),
-        (ffn, width),
-        (width, arch.vocab_size),
-    ]
+    shapes = native_shapes(arch)
+    matrices = [shape for name, shape in shapes.items() if name.endswith(".kernel")]
+    if arch.tie_embeddings:
+        matrices.append(shapes["embed.weight"][::-1])
+    return [(rows, columns) for *_, rows, columns in matrices]

@@ -31,6 +31,8 @@ void Configure(int first_rows, int second_rows) {
     config.row_bytes[tile] = 64;
     config.rows[tile] = static_cast<uint8_t>(rows[tile] ? rows[tile] : 1);
   }
+  // GCC 12 takes the instruction to read eight bytes, and may leave out what was stored after them.
+  asm volatile("" : : "m"(config));
   _tile_loadconfig(&config);
 }
 
