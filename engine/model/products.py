@@ -11,9 +11,17 @@ import jax
 from engine.config import Architecture
 from engine.weights.checkpoint import native_shapes
 from pallas_kernels import matmul as mm
-from pallas_kernels.matmul import Resolved, resolve_backend
+from pallas_kernels.matmul import Norm, Resolved, resolve_backend, rms_norm
 
-__all__ = ["BY_XLA", "Products", "Resolved", "matrix_shapes", "resolve_backend"]
+__all__ = [
+    "BY_XLA",
+    "Norm",
+    "Products",
+    "Resolved",
+    "matrix_shapes",
+    "resolve_backend",
+    "rms_norm",
+]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -27,10 +35,14 @@ class Products:
         x_MK: jax.Array,
         stacks: Sequence[jax.Array],
         layer: jax.Array | int,
-        dtype: Any = None,
+        **options: Any,
     ) -> tuple[jax.Array, ...]:
         """See `pallas_kernels.matmul.matmul`."""
-        return mm.matmul(x_MK, stacks, layer, backend=self.backend, dtype=dtype)
+        return mm.matmul(x_MK, stacks, layer, backend=self.backend, **options)
+
+    def feed_forward(self, x_MD: jax.Array, norm: Norm, *stacks_and_layer: Any) -> jax.Array:
+        """See `pallas_kernels.matmul.feed_forward`."""
+        return mm.feed_forward(x_MD, norm, *stacks_and_layer, backend=self.backend)
 
     def embed(self, table: jax.Array, token_ids: jax.Array) -> jax.Array:
         """See `pallas_kernels.matmul.embed`."""

@@ -1,6 +1,7 @@
 """Products of a step's rows with the weights of one layer out of a stack.
 
-``matmul`` is the one entry point. Backends: ``reference`` (the oracle, in float32), ``xla`` (any
+``matmul`` and ``feed_forward`` are the entry points, which take what goes before and after a product
+along: a call of native code costs as much as a small operation does. Backends: ``reference`` (the oracle, in float32), ``xla`` (any
 device) and ``cpu`` (native code, bfloat16, for x86-64: weights packed once, no thread pool but
 XLA's). ``pack`` gives weights the layout that a backend wants.
 
@@ -17,15 +18,19 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import native
+from pallas_kernels.matmul.norm import Norm, rms_norm
 
 __all__ = [
     "Backend",
+    "Norm",
     "Resolved",
     "embed",
+    "feed_forward",
     "matmul",
     "pack",
     "pack_table",
     "resolve_backend",
+    "rms_norm",
     "scores",
 ]
 
@@ -111,24 +116,59 @@ def matmul(
     *,
     backend: Backend,
     dtype: Any = None,
+    norm: Norm | None = None,
+    add_MN: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
     """x @ stack[layer] for each of several stacks, summed in float32.
 
     Products of one x go in one call, which has more to share among threads.
 
     Args:
-      x_MK: in the weights' dtype.
+      x_MK: in the weights' dtype; float32 where its norm is multiplied.
       stacks: [L, …], each matrix from `pack` by the same backend; K is that of x.
       layer: int32[], which of each stack.
       backend: from `resolve_backend`.
-      dtype: of the results, float32 or bfloat16; by default that of x.
+      dtype: of the results, float32 or bfloat16; by default that of x, or of its norm.
+      norm: multiply the norm of x, rounded to the dtype of its scales.
+      add_MN: float32, added to the product with the only stack; the result is float32. Backends
+        may round the product before.
 
     Returns:
       [M, N] for each stack, its own N.
     """
     layer = jnp.asarray(layer, jnp.int32)
-    dtype = jnp.dtype(x_MK.dtype if dtype is None else dtype)
-    return tuple(_module(backend).matmul(x_MK, stacks, layer, dtype))
+    if add_MN is not None:
+        dtype = jnp.float32
+    elif dtype is None:
+        dtype = x_MK.dtype if norm is None else norm.scales_LD.dtype
+    dtype = jnp.dtype(dtype)
+    return tuple(_module(backend).matmul(x_MK, stacks, layer, dtype, norm, add_MN))
+
+
+def feed_forward(
+    x_MD: jax.Array,
+    norm: Norm,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    layer: jax.Array | int,
+    *,
+    backend: Backend,
+) -> jax.Array:
+    """x + (silu(n @ gate) * (n @ up)) @ down, where n is the norm of x (Shazeer, 2020).
+
+    Args:
+      x_MD: float32.
+      norm: of x.
+      gate, up, down: stacks of [D, F], [D, F] and [F, D], from `pack` by the same backend.
+      layer: int32[], which of each.
+      backend: from `resolve_backend`.
+
+    Returns:
+      float32[M, D]. What silu gives is rounded to the dtype of the norm's scales.
+    """
+    layer = jnp.asarray(layer, jnp.int32)
+    return _module(backend).feed_forward(x_MD, norm, gate, up, down, layer)
 
 
 def _module(backend: Backend) -> Any:

@@ -10,12 +10,14 @@ on what else is in the batch.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import native
+from pallas_kernels.matmul.norm import Norm
 
 COLUMNS = 16  # of a block
 DEPTH = 32  # K is a multiple of what a tile of AMX takes
@@ -61,12 +63,55 @@ def matmul(
     stacks: Sequence[jax.Array],
     layer: jax.Array,
     dtype: jnp.dtype,
+    norm: Norm | None = None,
+    add: jax.Array | None = None,
+    *,
     instructions: str = native.INSTRUCTIONS[-1],
 ) -> list[jax.Array]:
     """See `pallas_kernels.matmul.matmul`; `instructions` are the most that it may use."""
-    native.load()
+    rows = x.shape[0]
+    normed = jax.ShapeDtypeStruct((0,) if norm is None else x.shape, jnp.bfloat16)
+    results = [jax.ShapeDtypeStruct((rows, stack.shape[1] * COLUMNS), dtype) for stack in stacks]
+    call = _call("octavo_matmul", [normed, *results])
+    scales = jnp.zeros(0, jnp.bfloat16) if norm is None else norm.scales_LD
+    _, *products = call(
+        x,
+        layer,
+        scales,
+        jnp.zeros(0, jnp.float32) if add is None else add,
+        *stacks,
+        epsilon=np.float32(0.0 if norm is None else norm.epsilon),
+        most=_most(instructions),
+    )
+    return products
+
+
+def feed_forward(
+    x: jax.Array,
+    norm: Norm,
+    gate: jax.Array,
+    up: jax.Array,
+    down: jax.Array,
+    layer: jax.Array,
+    *,
+    instructions: str = native.INSTRUCTIONS[-1],
+) -> jax.Array:
+    """See `pallas_kernels.matmul.feed_forward`; `instructions` are the most that it may use."""
+    rows, width = x.shape
     results = [
-        jax.ShapeDtypeStruct((x.shape[0], stack.shape[1] * COLUMNS), dtype) for stack in stacks
+        jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),  # its norm
+        jax.ShapeDtypeStruct((rows, gate.shape[1] * COLUMNS), jnp.bfloat16),
     ]
-    most = np.int32(native.INSTRUCTIONS.index(instructions))
-    return list(jax.ffi.ffi_call("octavo_matmul", results)(x, layer, *stacks, most=most))
+    call = _call("octavo_feed_forward", results)
+    epsilon, most = np.float32(norm.epsilon), _most(instructions)
+    return call(x, layer, norm.scales_LD, gate, up, down, epsilon=epsilon, most=most)[0]
+
+
+def _call(target: str, results: Sequence[jax.ShapeDtypeStruct]) -> Any:
+    native.load()
+    return jax.ffi.ffi_call(target, results)
+
+
+def _most(instructions: str) -> np.int32:
+    return np.int32(native.INSTRUCTIONS.index(instructions))

@@ -10,9 +10,10 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.matmul.norm import Norm
 from pallas_kernels.matmul.xla import embed, pack, pack_table
 
-__all__ = ["embed", "matmul", "pack", "pack_table", "scores"]
+__all__ = ["embed", "feed_forward", "matmul", "pack", "pack_table", "scores"]
 
 
 def scores(x: jax.Array, table: jax.Array) -> jax.Array:
@@ -21,10 +22,28 @@ def scores(x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def matmul(
-    x: jax.Array, stacks: Sequence[jax.Array], layer: jax.Array, dtype: jnp.dtype
+    x: jax.Array,
+    stacks: Sequence[jax.Array],
+    layer: jax.Array,
+    dtype: jnp.dtype,
+    norm: Norm | None = None,
+    add: jax.Array | None = None,
 ) -> list[jax.Array]:
     """See `pallas_kernels.matmul.matmul`."""
-    return [_product(x, stack[layer]).astype(dtype) for stack in stacks]
+    if norm is not None:
+        x = norm(x, layer)
+    products = [_product(x, stack[layer]) for stack in stacks]
+    return [(y if add is None else add + y).astype(dtype) for y in products]
+
+
+def feed_forward(
+    x: jax.Array, norm: Norm, gate: jax.Array, up: jax.Array, down: jax.Array, layer: jax.Array
+) -> jax.Array:
+    """See `pallas_kernels.matmul.feed_forward`."""
+    float32 = jnp.dtype(jnp.float32)
+    gated, upped = matmul(x, [gate, up], layer, float32, norm)
+    hidden = (jax.nn.silu(gated) * upped).astype(norm.scales_LD.dtype)
+    return matmul(hidden, [down], layer, float32, add=x)[0]
 
 
 def _product(x: jax.Array, matrix: jax.Array) -> jax.Array:

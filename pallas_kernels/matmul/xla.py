@@ -8,6 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from pallas_kernels.matmul.norm import Norm
+
 
 def pack(matrices: jax.Array) -> jax.Array:
     """See `pallas_kernels.matmul.pack`."""
@@ -30,13 +32,34 @@ def scores(x: jax.Array, table: jax.Array) -> jax.Array:
 
 
 def matmul(
-    x: jax.Array, stacks: Sequence[jax.Array], layer: jax.Array, dtype: jnp.dtype
+    x: jax.Array,
+    stacks: Sequence[jax.Array],
+    layer: jax.Array,
+    dtype: jnp.dtype,
+    norm: Norm | None = None,
+    add: jax.Array | None = None,
 ) -> list[jax.Array]:
     """See `pallas_kernels.matmul.matmul`."""
-    return [
+    if norm is not None:
+        x = norm(x, layer)
+    if add is not None:
+        dtype = x.dtype  # what chips send each other to sum a split product is no wider than that
+    results = [
         _dot(x, jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False), 0, dtype)
         for stack in stacks
     ]
+    return results if add is None else [add + y.astype(add.dtype) for y in results]
+
+
+def feed_forward(
+    x: jax.Array, norm: Norm, gate: jax.Array, up: jax.Array, down: jax.Array, layer: jax.Array
+) -> jax.Array:
+    """See `pallas_kernels.matmul.feed_forward`."""
+    scales = norm.scales_LD
+    gated, upped = matmul(x, [gate, up], layer, scales.dtype, norm)
+    # In bfloat16, the sigmoid would round once more than need be, and no faster.
+    hidden = jax.nn.silu(gated.astype(jnp.float32)) * upped.astype(jnp.float32)
+    return matmul(hidden.astype(scales.dtype), [down], layer, scales.dtype, add=x)[0]
 
 
 def _dot(x: jax.Array, matrix: jax.Array, axis: int, dtype: Any) -> jax.Array:

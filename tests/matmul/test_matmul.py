@@ -45,7 +45,7 @@ def multiply(
     def run(x, layer, *stacks):
         packed = [mm.pack(stack, name) for stack in stacks]
         if instructions:
-            return cpu.matmul(x, packed, layer, jnp.dtype(dtype), instructions)
+            return cpu.matmul(x, packed, layer, jnp.dtype(dtype), instructions=instructions)
         return mm.matmul(x, packed, layer, backend=name, dtype=dtype)
 
     return [np.asarray(y) for y in run(x, jnp.int32(layer), *stacks)]

@@ -7,6 +7,7 @@
 #include <cstring>
 
 #include "product.h"
+#include "rows.inc"
 
 namespace octavo {
 namespace {
@@ -38,9 +39,10 @@ void Configure(int first_rows, int second_rows) {
 
 void Store(const Product& p, int64_t row, int rows, int64_t block, const float* sums) {
   for (int m = 0; m < rows; ++m) {
-    int64_t at = (row + m) * p.columns + block * kColumns;
+    const int64_t at = (row + m) * p.stride + block * kColumns;
     __m512 of_row = _mm512_load_ps(sums + m * kColumns);
     if (p.is_float32) {
+      if (p.add) of_row = _mm512_add_ps(_mm512_loadu_ps(p.add + at), of_row);
       _mm512_storeu_ps(static_cast<float*>(p.y) + at, of_row);
     } else {
       __m256bh rounded = _mm512_cvtneps_pbh(of_row);
@@ -124,27 +126,25 @@ void ManyRows(const Product& p, int64_t row, int second_rows, int64_t block) {
   Store(p, row + kTileRows, second_rows, block + 1, sums[3]);
 }
 
-void Columns(const Product& p, int64_t row, int rows, int64_t first, int64_t last) {
-  int64_t block = first;
-  for (; block + 4 <= last; block += 4) FewRows<4>(p, row, rows, block);
-  switch (last - block) {
+void Columns(const Product& p, int64_t row, int rows) {
+  int64_t block = 0;
+  for (; block + 4 <= p.blocks; block += 4) FewRows<4>(p, row, rows, block);
+  switch (p.blocks - block) {
     case 3: return FewRows<3>(p, row, rows, block);
     case 2: return FewRows<2>(p, row, rows, block);
     case 1: return FewRows<1>(p, row, rows, block);
   }
 }
 
-}  // namespace
-
-void MultiplyAmx(const Product& p, int64_t first, int64_t last) {
+void Multiply(const Product& p) {
   int64_t row = 0;
   while (p.rows - row > kTileRows) {
     const int64_t left = p.rows - row - kTileRows;
     const int second_rows = static_cast<int>(left < kTileRows ? left : kTileRows);
     if (row == 0 || second_rows < kTileRows) Configure(kTileRows, second_rows);
-    int64_t block = first;
-    for (; block + 2 <= last; block += 2) ManyRows(p, row, second_rows, block);
-    if (block < last) {
+    int64_t block = 0;
+    for (; block + 2 <= p.blocks; block += 2) ManyRows(p, row, second_rows, block);
+    if (block < p.blocks) {
       FewRows<1>(p, row, kTileRows, block);
       if (second_rows < kTileRows) Configure(second_rows, second_rows);
       FewRows<1>(p, row + kTileRows, second_rows, block);
@@ -154,9 +154,13 @@ void MultiplyAmx(const Product& p, int64_t first, int64_t last) {
   if (row < p.rows) {
     const int rows = static_cast<int>(p.rows - row);
     Configure(rows, rows);
-    Columns(p, row, rows, first, last);
+    Columns(p, row, rows);
   }
   _tile_release();
 }
+
+}  // namespace
+
+const Kernel kAmx = {Multiply, Normalise, Activate};
 
 }  // namespace octavo

@@ -6,7 +6,8 @@
 #include <cstring>
 
 #include "product.h"
-#include "rounding.h"
+#include "rows.inc"
+#include "store.h"
 
 namespace octavo {
 namespace {
@@ -54,26 +55,28 @@ void Tile(const Product& p, int64_t row, int64_t block) {
 }
 
 // One row: blocks side by side are all that there is to do at once.
-void Row(const Product& p, int64_t row, int64_t first, int64_t last) {
-  int64_t block = first;
-  for (; block + 4 <= last; block += 4) Tile<1, 4>(p, row, block);
-  switch (last - block) {
+void Row(const Product& p, int64_t row) {
+  int64_t block = 0;
+  for (; block + 4 <= p.blocks; block += 4) Tile<1, 4>(p, row, block);
+  switch (p.blocks - block) {
     case 3: return Tile<1, 3>(p, row, block);
     case 2: return Tile<1, 2>(p, row, block);
     case 1: return Tile<1, 1>(p, row, block);
   }
 }
 
-}  // namespace
-
-void MultiplyAvx2(const Product& p, int64_t first, int64_t last) {
+void Multiply(const Product& p) {
   const int64_t fours = p.rows / 4 * 4, left = p.rows - fours;
-  for (int64_t block = first; block < last; ++block) {
+  for (int64_t block = 0; block < p.blocks; ++block) {
     for (int64_t row = 0; row < fours; row += 4) Tile<4, 1>(p, row, block);
     if (left == 3) Tile<3, 1>(p, fours, block);
     if (left == 2) Tile<2, 1>(p, fours, block);
   }
-  if (left == 1) Row(p, fours, first, last);
+  if (left == 1) Row(p, fours);
 }
+
+}  // namespace
+
+const Kernel kAvx2 = {Multiply, Normalise, Activate};
 
 }  // namespace octavo

@@ -6,13 +6,15 @@
 #include <cstring>
 
 #include "product.h"
+#include "rows.inc"
 
 namespace octavo {
 namespace {
 
 void Store(const Product& p, int64_t row, int64_t block, __m512 sums) {
-  int64_t at = row * p.columns + block * kColumns;
+  const int64_t at = row * p.stride + block * kColumns;
   if (p.is_float32) {
+    if (p.add) sums = _mm512_add_ps(_mm512_loadu_ps(p.add + at), sums);
     _mm512_storeu_ps(static_cast<float*>(p.y) + at, sums);
   } else {
     __m256bh rounded = _mm512_cvtneps_pbh(sums);
@@ -63,20 +65,22 @@ void Rows(const Product& p, int64_t block) {
   }
 }
 
-}  // namespace
-
-void MultiplyAvx512(const Product& p, int64_t first, int64_t last) {
-  int64_t block = first;
+void Multiply(const Product& p) {
+  int64_t block = 0;
   if (p.rows == 1) {  // each sum waits for the one before it: more of them at once
-    for (; block + 8 <= last; block += 8) Tile<1, 8>(p, 0, block);
-    if (block + 4 <= last) {
+    for (; block + 8 <= p.blocks; block += 8) Tile<1, 8>(p, 0, block);
+    if (block + 4 <= p.blocks) {
       Tile<1, 4>(p, 0, block);
       block += 4;
     }
-    if (block + 3 == last) return Tile<1, 3>(p, 0, block);
+    if (block + 3 == p.blocks) return Tile<1, 3>(p, 0, block);
   }
-  for (; block + 2 <= last; block += 2) Rows<2>(p, block);
-  if (block < last) Rows<1>(p, block);
+  for (; block + 2 <= p.blocks; block += 2) Rows<2>(p, block);
+  if (block < p.blocks) Rows<1>(p, block);
 }
+
+}  // namespace
+
+const Kernel kAvx512 = {Multiply, Normalise, Activate};
 
 }  // namespace octavo

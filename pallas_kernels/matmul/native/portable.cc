@@ -4,12 +4,14 @@
 
 #include "bfloat16.h"
 #include "product.h"
-#include "rounding.h"
+#include "rows.inc"
+#include "store.h"
 
 namespace octavo {
+namespace {
 
-void MultiplyPortable(const Product& p, int64_t first, int64_t last) {
-  for (int64_t block = first; block < last; ++block) {
+void Multiply(const Product& p) {
+  for (int64_t block = 0; block < p.blocks; ++block) {
     for (int64_t row = 0; row < p.rows; ++row) {
       float sums[kColumns] = {};
       const uint16_t* x = p.x + row * p.depth;
@@ -25,5 +27,9 @@ void MultiplyPortable(const Product& p, int64_t first, int64_t last) {
     }
   }
 }
+
+}  // namespace
+
+const Kernel kPortable = {Multiply, Normalise, Activate};
 
 }  // namespace octavo

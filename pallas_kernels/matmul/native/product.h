@@ -12,23 +12,30 @@ namespace octavo {
 
 constexpr int kColumns = 16;  // of a block of packed weights
 
-// y = x @ w for one matrix, in bfloat16 with float32 sums.
+// y = x @ w, or add + x @ w, for some columns of a matrix; in bfloat16 with float32 sums.
 struct Product {
   const uint16_t* x;  // bfloat16[rows, depth]
-  const uint16_t* w;  // bfloat16[columns / 16, depth / 2, 16, 2]
-  void* y;            // float32[rows, columns], or bfloat16
-  int64_t rows, depth, columns;
+  const uint16_t* w;  // bfloat16[blocks, depth / 2, 16, 2]
+  void* y;            // float32[rows, blocks * 16] or bfloat16, a row `stride` after the last one
+  const float* add;   // as y lies, which is float32 then; or null
+  int64_t rows, depth, blocks, stride;
   bool is_float32;    // y
 };
 
-// Computes the blocks [first, last) of columns.
-using Multiply = void (*)(const Product&, int64_t first, int64_t last);
+struct Kernel {
+  void (*multiply)(const Product&);
+  // RMS norm of float32 rows: y[i] = x[i] / sqrt(mean(x ** 2) + epsilon) * scale[i].
+  void (*normalise)(const float* x, const uint16_t* scale, float epsilon, int64_t rows,
+                    int64_t width, uint16_t* y);
+  // y[i] = silu(gate[i]) * up[i].
+  void (*activate)(const float* gate, const float* up, int64_t count, uint16_t* y);
+};
 
-void MultiplyPortable(const Product&, int64_t first, int64_t last);
+extern const Kernel kPortable;
 #if defined(__x86_64__)
-void MultiplyAvx2(const Product&, int64_t first, int64_t last);
-void MultiplyAvx512(const Product&, int64_t first, int64_t last);  // AVX512-BF16
-void MultiplyAmx(const Product&, int64_t first, int64_t last);
+extern const Kernel kAvx2;
+extern const Kernel kAvx512;  // AVX512-BF16
+extern const Kernel kAmx;
 #endif
 
 }  // namespace octavo

@@ -3,7 +3,6 @@
 #pragma once
 
 #include <cstdint>
-#include <cstring>
 
 #include "bfloat16.h"
 #include "product.h"
@@ -12,12 +11,13 @@ namespace octavo {
 namespace {  // each kernel has its own, compiled for its instructions
 
 inline void StoreBlock(const Product& p, int64_t row, int64_t block, const float* sums) {
-  int64_t at = row * p.columns + block * kColumns;
-  if (p.is_float32) {
-    memcpy(static_cast<float*>(p.y) + at, sums, kColumns * sizeof(float));
-  } else {
+  const int64_t at = row * p.stride + block * kColumns;
+  if (!p.is_float32) {
     for (int n = 0; n < kColumns; ++n) static_cast<uint16_t*>(p.y)[at + n] = Rounded(sums[n]);
+    return;
   }
+  float* y = static_cast<float*>(p.y) + at;
+  for (int n = 0; n < kColumns; ++n) y[n] = p.add ? p.add[at + n] + sums[n] : sums[n];
 }
 
 }  // namespace
