@@ -46,6 +46,7 @@ SOURCES: dict[Path, Sequence[str]] = {
     Path("pallas_kernels/native/processor.cc"): (),
     MATMUL / "matmul.cc": (),
     MATMUL / "feed_forward.cc": (),
+    MATMUL / "scores.cc": (),
     MATMUL / "portable.cc": (),
     ATTENTION / "attention.cc": (),
     ATTENTION / "portable.cc": (),

@@ -196,11 +196,10 @@ class Decoder(nnx.Module):
         (x_TD, kv_pool), _ = jax.lax.scan(run_layer, (x_TD, kv_pool), layers)
         return self.final_norm(x_TD), kv_pool
 
-    def logits(self, x_SD: jax.Array) -> jax.Array:
-        """Scores over the vocabulary, float32[S, V]."""
-        if self.lm_head is None:
-            return self.products.scores(x_SD, self.embed.weight[...])
-        return self.products(x_SD, [self.lm_head.kernel[...][None]], 0, dtype=jnp.float32)[0]
+    def logits(self, x_SD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Scores over the vocabulary, float32[S, V], and the best token of each row, int32[S]."""
+        weights = self.embed.weight if self.lm_head is None else self.lm_head.kernel
+        return self.products.scores(x_SD, weights[...], is_table=self.lm_head is None)
 
 
 def abstract_decoder(arch: Architecture, dtype: Any, products: Products = BY_XLA) -> Decoder:

@@ -48,9 +48,11 @@ class Products:
         """See `pallas_kernels.matmul.embed`."""
         return mm.embed(table, token_ids, self.backend)
 
-    def scores(self, x_MD: jax.Array, table: jax.Array) -> jax.Array:
+    def scores(
+        self, x_MD: jax.Array, weights: jax.Array, *, is_table: bool
+    ) -> tuple[jax.Array, jax.Array]:
         """See `pallas_kernels.matmul.scores`."""
-        return mm.scores(x_MD, table, self.backend)
+        return mm.scores(x_MD, weights, self.backend, is_table=is_table)
 
     def pack(self, weights: dict[str, jax.Array]) -> dict[str, jax.Array]:
         """A decoder's weights as the backend wants them, by the same names.

@@ -43,6 +43,7 @@ class Launched:
         plan: StepPlan,
         batch: Batch,
         logits: jax.Array,
+        best: jax.Array,
         of_prompt: PromptLogprobs,
         outgoing: Outgoing | None,
     ):
@@ -51,6 +52,7 @@ class Launched:
         self.masks: np.ndarray | None = None
         self.batch = batch
         self.logits: jax.Array | None = logits
+        self.best = best
         self.sampled: sampler.Sampled | None = None
         self._of_prompt = of_prompt
 
@@ -184,10 +186,10 @@ class Runner:
             if row.history is not None and row.request.sampling.edits_logits:
                 self._prepare_slot(row)
         assert self._state is not None
-        logits, of_prompt, self._kv_pool = self._forward[batching.bucket_of(batch)](
+        logits, best, of_prompt, self._kv_pool = self._forward[batching.bucket_of(batch)](
             self.weights, self._kv_pool, self._state.recent, batch, self._kv_scales
         )
-        launched = Launched(plan, batch, logits, of_prompt, outgoing)
+        launched = Launched(plan, batch, logits, best, of_prompt, outgoing)
         if batch.sampling.constrained.any():
             launched.masks = batching.masks(batch.slots.size, self.arch.vocab_size)
         else:
@@ -200,6 +202,7 @@ class Runner:
         num_seqs = batch.slots.size
         launched.sampled, self._state = self._choose[num_seqs](
             launched.logits,
+            launched.best,
             batch.slots,
             batch.samples,
             batch.sampling,

@@ -20,6 +20,7 @@ from pallas_kernels import native
 from pallas_kernels.matmul.norm import Norm
 
 COLUMNS = 16  # of a block
+BLOCKS_OF_SCORES = 16  # that a thread computes at a time
 DEPTH = 32  # K is a multiple of what a tile of AMX takes
 
 
@@ -53,9 +54,25 @@ def embed(table: jax.Array, token_ids: jax.Array) -> jax.Array:
     return pairs.reshape(len(token_ids), -1)
 
 
-def scores(x: jax.Array, table: jax.Array) -> jax.Array:
-    """See `pallas_kernels.matmul.scores`."""
-    return matmul(x, [table[None]], jnp.int32(0), jnp.dtype(jnp.float32))[0]
+def scores(
+    x: jax.Array,
+    weights: jax.Array,
+    is_table: bool,
+    instructions: str = native.INSTRUCTIONS[-1],
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.matmul.scores`; `instructions` are the most that it may use."""
+    del is_table  # both are packed alike
+    rows, blocks = x.shape[0], weights.shape[0]
+    chunks = -(-blocks // BLOCKS_OF_SCORES)
+    results = [
+        jax.ShapeDtypeStruct((rows, blocks * COLUMNS), jnp.float32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        jax.ShapeDtypeStruct((chunks, rows), jnp.float32),  # the best of each chunk
+        jax.ShapeDtypeStruct((chunks, rows), jnp.int32),
+    ]
+    call = _call("octavo_scores", results)
+    logits, best, *_ = call(x, weights[None], most=_most(instructions))
+    return logits, best
 
 
 def matmul(

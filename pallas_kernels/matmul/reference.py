@@ -16,9 +16,10 @@ from pallas_kernels.matmul.xla import embed, pack, pack_table
 __all__ = ["embed", "feed_forward", "matmul", "pack", "pack_table", "scores"]
 
 
-def scores(x: jax.Array, table: jax.Array) -> jax.Array:
+def scores(x: jax.Array, weights: jax.Array, is_table: bool) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.matmul.scores`."""
-    return _product(x, table.T)
+    logits = _product(x, weights.T if is_table else weights)
+    return logits, jnp.argmax(logits, axis=1).astype(jnp.int32)
 
 
 def matmul(

@@ -21,6 +21,7 @@ INSTRUCTIONS = ("portable", "avx2", "avx512", "amx")  # as in processor.h
 TARGETS = {
     "octavo_matmul": "OctavoMatmul",
     "octavo_feed_forward": "OctavoFeedForward",
+    "octavo_scores": "OctavoScores",
     "octavo_attention": "OctavoAttention",
 }
 

@@ -161,6 +161,6 @@ void Multiply(const Product& p) {
 
 }  // namespace
 
-const Kernel kAmx = {Multiply, Normalise, Activate};
+const Kernel kAmx = {Multiply, Normalise, Activate, FindBest};
 
 }  // namespace octavo

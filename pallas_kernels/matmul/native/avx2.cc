@@ -77,6 +77,6 @@ void Multiply(const Product& p) {
 
 }  // namespace
 
-const Kernel kAvx2 = {Multiply, Normalise, Activate};
+const Kernel kAvx2 = {Multiply, Normalise, Activate, FindBest};
 
 }  // namespace octavo

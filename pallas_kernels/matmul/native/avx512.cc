@@ -81,6 +81,6 @@ void Multiply(const Product& p) {
 
 }  // namespace
 
-const Kernel kAvx512 = {Multiply, Normalise, Activate};
+const Kernel kAvx512 = {Multiply, Normalise, Activate, FindBest};
 
 }  // namespace octavo

@@ -30,6 +30,6 @@ void Multiply(const Product& p) {
 
 }  // namespace
 
-const Kernel kPortable = {Multiply, Normalise, Activate};
+const Kernel kPortable = {Multiply, Normalise, Activate, FindBest};
 
 }  // namespace octavo

@@ -22,6 +22,11 @@ struct Product {
   bool is_float32;    // y
 };
 
+struct Best {
+  float score;
+  int32_t index;
+};
+
 struct Kernel {
   void (*multiply)(const Product&);
   // RMS norm of float32 rows: y[i] = x[i] / sqrt(mean(x ** 2) + epsilon) * scale[i].
@@ -29,6 +34,8 @@ struct Kernel {
                     int64_t width, uint16_t* y);
   // y[i] = silu(gate[i]) * up[i].
   void (*activate)(const float* gate, const float* up, int64_t count, uint16_t* y);
+  // Finds the first of the highest scores, and any of them where some are not numbers.
+  Best (*best)(const float* scores, int64_t count);
 };
 
 extern const Kernel kPortable;
