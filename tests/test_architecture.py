@@ -39,7 +39,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"types", "config", "core", "weights"},
     "runtime": BELOW_SERVE - {"text"},
     "backends": {"config", "memory_plan", "model"},
-    "loading": BELOW_SERVE | {"backends"},  # from a config to a warm runner
+    "start_up": set(),
+    "loading": BELOW_SERVE | {"backends", "start_up"},  # from a config to a warm runner
     "public_prefixes": {"types", "config", "runtime", "text"},
     "replay_tables": {"types", "core", "runtime"},
     "resolve": {"types", "config", "core", "text"},
@@ -54,7 +55,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reload": BELOW_SERVE | {"loading"},
     "frontend": BELOW_SERVE
     | {"domain_usage", "life", "loading", "observe", "preparing", "public_prefixes", "reload"}
-    | {"resolve", "stats", "streams"},
+    | {"resolve", "start_up", "stats", "streams"},
     "llm": BELOW_SERVE | {"config_file", "loading", "frontend", "streams"},
     "generate": {"types", "llm"},
     "calibrate": BELOW_SERVE | {"backends", "loading", "resolve", "llm", "generate"},
@@ -70,7 +71,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # __init__ holds the version.
     "serve": BELOW_SERVE
     | {"dashboard", "domain_usage", "event_loop", "life", "loading", "frontend", "observe"}
-    | {"pem", "resolve", "rpc", "__init__"},
+    | {"pem", "resolve", "rpc", "start_up", "__init__"},
     # The wire's translation to and from our types is one file for both ends.
     "client": {"types", "rpc", "credentials", "serve.convert", "unreachable"},
     "operate": {"client", "connect_options"},

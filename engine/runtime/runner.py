@@ -25,6 +25,7 @@ from engine.runtime import logprobs
 from engine.runtime.block_copies import BlockCopier, BlockEraser
 from engine.runtime.host_pool import Contents, HostPool, Outgoing
 from engine.runtime.mesh import kv_scales_sharding, replicated
+from engine.runtime.programs import Programs
 from engine.runtime.slots import slot_state
 from engine.runtime.step import RunnerShape, Step
 from engine.types import PlanRow, StepPlan, StepTokens, SwapIn
@@ -82,6 +83,7 @@ class Runner:
         attention: Attention,
         shape: RunnerShape,
         kv_scales: np.ndarray | None = None,
+        programs: Programs | None = None,
     ):
         """
         Args:
@@ -90,6 +92,7 @@ class Runner:
           mesh, attention: where and how.
           shape: the sizes.
           kv_scales: float32 [L, 2, K], what keys and values of an 8-bit pool are divided by.
+          programs: of the same step, which some may have been compiled of.
         """
         self.model = model
         self.arch: Architecture = model.arch
@@ -100,7 +103,9 @@ class Runner:
         self._kv_scales = (
             None if kv_scales is None else jax.device_put(kv_scales, kv_scales_sharding(mesh))
         )
-        self._step = Step(model, weights, mesh, attention, shape, self._kv_scales)
+        if programs is None:
+            programs = Programs(Step(model, weights, mesh, attention, shape, self._kv_scales))
+        self._programs, self._step = programs, programs.step
         self._forward: dict[Bucket, jax.stages.Compiled] = {}
         self._choose: dict[int, jax.stages.Compiled] = {}
         self._no_masks: dict[int, jax.Array] = {}
@@ -120,11 +125,6 @@ class Runner:
             HostPool(pool, self.arch.num_layers, shape.host_blocks) if shape.host_blocks else None
         )
         self.reset()
-
-    @property
-    def kv_pool_shape(self) -> tuple[int, ...]:
-        """Of the whole pool, over all devices."""
-        return self._step.kv_pool.shape
 
     @property
     def kv_pool(self) -> jax.Array:
@@ -148,11 +148,11 @@ class Runner:
         """The decoder's program of one bucket; it and the sampler's are compiled now and kept."""
         num_seqs = bucket.num_seqs
         if num_seqs not in self._choose:
-            self._choose[num_seqs] = self._step.lower_choose(num_seqs).compile()
+            self._choose[num_seqs] = self._programs.choose(num_seqs)
             masks = batching.masks(num_seqs, self.arch.vocab_size)
             self._no_masks[num_seqs] = jax.device_put(masks, replicated(self.mesh))
         if bucket not in self._forward:
-            self._forward[bucket] = self._step.lower_forward(bucket).compile()
+            self._forward[bucket] = self._programs.forward(bucket)
         return self._forward[bucket]
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
