@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,6 +19,7 @@ from engine.core.buckets import Bucket
 from engine.model import sampler
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder
+from engine.model.empty_pool import empty_kv_pool
 from engine.model.prompt_logprobs import PromptLogprobs
 from engine.runtime import logprobs
 from engine.runtime.block_copies import BlockCopier, BlockEraser
@@ -112,9 +112,7 @@ class Runner:
         self._set_slot = jax.jit(sampler.set_slot, donate_argnums=0, out_shardings=replicated(mesh))
         # Kept, so that a reset after a failure compiles nothing.
         pool = self._step.kv_pool
-        self._make_kv_pool = jax.jit(
-            lambda: jnp.zeros(pool.shape, pool.dtype), out_shardings=pool.sharding
-        )
+        self._make_kv_pool = jax.jit(lambda: empty_kv_pool(pool), out_shardings=pool.sharding)
         self._copy_blocks = BlockCopier(pool, self.arch.num_layers, shape.max_num_seqs)
         self._erase_blocks = BlockEraser(pool, self.arch.num_layers)
         self._make_state = jax.jit(
