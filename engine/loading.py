@@ -46,6 +46,7 @@ from engine.runtime.tiers import open_disk_tier
 from engine.sampling import MAX_STOP_TOKENS
 from engine.start_up import StartUp
 from engine.text import Grammars, Tokenizer
+from engine.trimming import find_trim
 from engine.weights import Checkpoint, load_params, open_checkpoint, with_kv_copies
 from engine.weights.kv_scales import load_scales, scales_fingerprint
 
@@ -139,6 +140,8 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
             f"lower scheduler.max_step_tokens or scheduler.max_num_seqs, or {smaller_cache}",
         ):
             runner.warm_up(functools.partial(show, "Compiling"))
+    if (trim := find_trim()) is not None:
+        trim(0)
     if runner.host is not None and config.cache.swap == "auto":
         start_up.begin("measuring swaps")
         costs = measure(runner, limits)

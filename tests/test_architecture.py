@@ -40,7 +40,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runtime": BELOW_SERVE - {"text"},
     "backends": {"config", "memory_plan", "model"},
     "start_up": set(),
-    "loading": BELOW_SERVE | {"backends", "start_up"},  # from a config to a warm runner
+    "trimming": set(),
+    "loading": BELOW_SERVE | {"backends", "start_up", "trimming"},  # from a config to a warm runner
     "public_prefixes": {"types", "config", "runtime", "text"},
     "replay_tables": {"types", "core", "runtime"},
     "resolve": {"types", "config", "core", "text"},
@@ -71,7 +72,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # __init__ holds the version.
     "serve": BELOW_SERVE
     | {"dashboard", "domain_usage", "event_loop", "life", "loading", "frontend", "observe"}
-    | {"pem", "resolve", "rpc", "start_up", "__init__"},
+    | {"pem", "resolve", "rpc", "start_up", "trimming", "__init__"},
     # The wire's translation to and from our types is one file for both ends.
     "client": {"types", "rpc", "credentials", "serve.convert", "unreachable"},
     "operate": {"client", "connect_options"},
