@@ -264,6 +264,9 @@ def _table(workload: str, rounds: Sequence[Mapping[str, Any]]) -> Table:
     add("CPU time of the step loop", (each["loop_cpu"] for each in rounds))
     add("CPU time of text and streams", (each["reader_cpu"] for each in rounds))
     add("both", (each["host_share"] * each["step"] for each in rounds))
+    asked = ("schedule", "build", "commit")
+    sums = (sum(map(each["phases"].get, asked)) + each["reader_cpu"] for each in rounds)
+    add("schedule, build, commit, text and streams", sums)
     add("CPU time of the process", (each["process_cpu"] for each in rounds))
     return table
 
