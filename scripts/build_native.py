@@ -45,6 +45,7 @@ ATTENTION = Path("pallas_kernels/paged_attention/native")
 # the fewest instructions.
 SOURCES: dict[Path, Sequence[str]] = {
     Path("pallas_kernels/native/processor.cc"): (),
+    Path("pallas_kernels/native/zeros.cc"): (),
     MATMUL / "matmul.cc": (),
     MATMUL / "feed_forward.cc": (),
     MATMUL / "scores.cc": (),
