@@ -97,6 +97,7 @@ void FewRows(const Product& p, int64_t row, int rows, int64_t block) {
 }
 
 // 16 rows, and up to 16 more, by two blocks of columns: each tile that is loaded serves two products.
+// Rows pass by the nearest cache, which keeps the weights for those that follow.
 void ManyRows(const Product& p, int64_t row, int second_rows, int64_t block) {
   const uint16_t* x = p.x + row * p.depth;
   const uint16_t* w = p.w + block * kColumns * p.depth;
@@ -106,12 +107,12 @@ void ManyRows(const Product& p, int64_t row, int second_rows, int64_t block) {
   _tile_zero(2);
   _tile_zero(3);
   for (int64_t k = 0; k < p.depth; k += kTileDepth) {
-    _tile_loadd(4, x + k, p.depth * 2);
+    _tile_stream_loadd(4, x + k, p.depth * 2);
     _tile_loadd(6, w + k * kColumns, 64);
     _tile_dpbf16ps(0, 4, 6);
     _tile_loadd(7, w + beside + k * kColumns, 64);
     _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, x + below + k, p.depth * 2);
+    _tile_stream_loadd(5, x + below + k, p.depth * 2);
     _tile_dpbf16ps(2, 5, 6);
     _tile_dpbf16ps(3, 5, 7);
   }
@@ -137,24 +138,27 @@ void Columns(const Product& p, int64_t row, int rows) {
 }
 
 void Multiply(const Product& p) {
-  int64_t row = 0;
-  while (p.rows - row > kTileRows) {
-    const int64_t left = p.rows - row - kTileRows;
-    const int second_rows = static_cast<int>(left < kTileRows ? left : kTileRows);
-    if (row == 0 || second_rows < kTileRows) Configure(kTileRows, second_rows);
-    int64_t block = 0;
-    for (; block + 2 <= p.blocks; block += 2) ManyRows(p, row, second_rows, block);
-    if (block < p.blocks) {
-      FewRows<1>(p, row, kTileRows, block);
-      if (second_rows < kTileRows) Configure(second_rows, second_rows);
-      FewRows<1>(p, row + kTileRows, second_rows, block);
+  // Rows go by pairs of tiles, of which the last may be smaller; up to 16 may be left over.
+  constexpr int64_t kPair = 2 * kTileRows;
+  const int64_t left = p.rows % kPair;
+  const int64_t paired = left > kTileRows ? p.rows : p.rows - left;
+  int64_t block = 0;
+  for (; paired && block + 2 <= p.blocks; block += 2) {
+    for (int64_t row = 0; row < paired; row += kPair) {
+      const int64_t second = paired - row < kPair ? paired - row - kTileRows : kTileRows;
+      if (row == 0 || second < kTileRows) Configure(kTileRows, static_cast<int>(second));
+      ManyRows(p, row, static_cast<int>(second), block);
     }
-    row += kTileRows + second_rows;
   }
-  if (row < p.rows) {
-    const int rows = static_cast<int>(p.rows - row);
+  for (int64_t row = 0; block < p.blocks && row < paired; row += kTileRows) {  // an odd block
+    const int rows = static_cast<int>(paired - row < kTileRows ? paired - row : kTileRows);
+    if (row == 0 || rows < kTileRows) Configure(rows, rows);
+    FewRows<1>(p, row, rows, block);
+  }
+  if (paired < p.rows) {
+    const int rows = static_cast<int>(p.rows - paired);
     Configure(rows, rows);
-    Columns(p, row, rows);
+    Columns(p, paired, rows);
   }
   _tile_release();
 }
