@@ -31,7 +31,7 @@ FLAGS = (
 )
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (
-    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni"),
     "-mprefer-vector-width=512",
 )
 # The C++ library is the system's own, which jaxlib needs too. Linked statically, Debian 12's would
@@ -52,7 +52,7 @@ SOURCES: dict[Path, Sequence[str]] = {
     ATTENTION / "avx2.cc": AVX2,
     MATMUL / "avx512.cc": AVX512,
     ATTENTION / "avx512.cc": AVX512,
-    MATMUL / "amx.cc": (*AVX512, "-mamx-tile", "-mamx-bf16"),
+    MATMUL / "amx.cc": (*AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
 }
 
 

@@ -1,8 +1,9 @@
 """Products of a step's rows with the weights of one layer out of a stack.
 
 ``matmul`` is the one entry point. Backends: ``reference`` (the oracle, in float32), ``xla`` (any
-device) and ``cpu`` (native code, bfloat16, for x86-64: weights packed once, no thread pool but
-XLA's). ``pack`` gives weights the layout that a backend wants.
+device) and ``cpu`` (native code for x86-64: weights packed once, no thread pool but XLA's). ``pack``
+gives weights the layout that a backend wants. They may be ``Quantised``, in int8: then x is too, each
+row as it comes.
 
 Shapes: M rows, K depth, N columns, L layers of a stack.
 """
@@ -17,14 +18,17 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import native
+from pallas_kernels.matmul.int8 import MAX_DEPTH, Quantised, quantise
 
 __all__ = [
     "Backend",
+    "Quantised",
     "Resolved",
     "embed",
     "matmul",
     "pack",
     "pack_table",
+    "quantise",
     "resolve_backend",
     "scores",
 ]
@@ -57,12 +61,19 @@ def resolve_backend(
       name: a backend, or "auto": cpu where it runs, or else xla.
       platform: as `jax.default_backend()` says it: "cpu", "gpu" or "tpu".
       num_devices: that the weights are split over.
-      dtype: of the weights.
+      dtype: of the weights: float32, bfloat16 or int8.
       shapes: (K, N) of every matrix.
 
     Raises:
-      ValueError: the backend does not exist or can't run there. Nothing falls back in silence.
+      ValueError: the backend does not exist or can't run there, or no backend can. Nothing falls
+        back in silence.
     """
+    deepest = max((depth for depth, _ in shapes), default=0)
+    if dtype == "int8" and deepest > MAX_DEPTH:
+        raise ValueError(
+            f"a matrix has {deepest} rows, but of more than {MAX_DEPTH} in int8 a sum may not fit "
+            "int32; leave the weights as they are"
+        )
     if name not in ("auto", *get_args(Backend)):
         raise ValueError(
             f"matmul backend {name!r} is not one of auto, {', '.join(get_args(Backend))}"
@@ -85,7 +96,10 @@ def resolve_backend(
 
 
 def pack(matrices: jax.Array, backend: Backend) -> jax.Array:
-    """Matrices [..., K, N] as a backend wants them; `matmul` takes stacks of the result."""
+    """Matrices [..., K, N] as a backend wants them; `matmul` takes stacks of the result.
+
+    Of `Quantised` ones, the values are packed, and the scales stay as they are.
+    """
     return _module(backend).pack(matrices)
 
 
@@ -94,30 +108,30 @@ def pack_table(table_VD: jax.Array, backend: Backend) -> jax.Array:
     return _module(backend).pack_table(table_VD)
 
 
-def embed(table: jax.Array, token_ids: jax.Array, backend: Backend) -> jax.Array:
-    """Rows of a packed table, [T, D]."""
+def embed(table: jax.Array | Quantised, token_ids: jax.Array, backend: Backend) -> jax.Array:
+    """Rows of a packed table, [T, D]; in float32 if it is `Quantised`."""
     return _module(backend).embed(table, token_ids)
 
 
-def scores(x_MD: jax.Array, table: jax.Array, backend: Backend) -> jax.Array:
+def scores(x_MD: jax.Array, table: jax.Array | Quantised, backend: Backend) -> jax.Array:
     """x times a packed table's transpose, float32[M, V]."""
     return _module(backend).scores(x_MD, table)
 
 
 def matmul(
     x_MK: jax.Array,
-    stacks: Sequence[jax.Array],
+    stacks: Sequence[jax.Array | Quantised],
     layer: jax.Array | int,
     *,
     backend: Backend,
     dtype: Any = None,
 ) -> tuple[jax.Array, ...]:
-    """x @ stack[layer] for each of several stacks, summed in float32.
+    """x @ stack[layer] for each of several stacks, summed in float32, or of int8 in int32.
 
     Products of one x go in one call, which has more to share among threads.
 
     Args:
-      x_MK: in the weights' dtype.
+      x_MK: in the weights' dtype; with int8 weights, bfloat16 or float32.
       stacks: [L, …], each matrix from `pack` by the same backend; K is that of x.
       layer: int32[], which of each stack.
       backend: from `resolve_backend`.

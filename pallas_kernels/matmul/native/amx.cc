@@ -1,18 +1,18 @@
-// AMX: `tdpbf16ps` multiplies 16 rows by 16 columns, 32 deep. A block of packed weights is, 32 deep,
-// just a tile as the instruction wants it.
+// AMX: `tdpbf16ps` and `tdpbssd` multiply 16 rows by 16 columns, 16 words deep. A block of packed
+// weights is, so deep, just a tile as the instructions want it.
 
 #include <immintrin.h>
 
 #include <cstdint>
-#include <cstring>
 
 #include "product.h"
+#include "store512.h"
 
 namespace octavo {
 namespace {
 
 constexpr int kTileRows = 16;
-constexpr int kTileDepth = 32;
+constexpr int kTileWords = 16;
 
 struct alignas(64) TileConfig {
   uint8_t palette = 1;
@@ -36,127 +36,142 @@ void Configure(int first_rows, int second_rows) {
   _tile_loadconfig(&config);
 }
 
-void Store(const Product& p, int64_t row, int rows, int64_t block, const float* sums) {
-  for (int m = 0; m < rows; ++m) {
-    int64_t at = (row + m) * p.columns + block * kColumns;
-    __m512 of_row = _mm512_load_ps(sums + m * kColumns);
-    if (p.is_float32) {
-      _mm512_storeu_ps(static_cast<float*>(p.y) + at, of_row);
-    } else {
-      __m256bh rounded = _mm512_cvtneps_pbh(of_row);
-      memcpy(static_cast<uint16_t*>(p.y) + at, &rounded, sizeof rounded);
-    }
+struct Bf16 {
+  static constexpr bool kIsInt8 = false;
+  static __m512 Load(const void* sums) { return _mm512_load_ps(sums); }
+};
+
+struct Int8 {
+  static constexpr bool kIsInt8 = true;
+  static __m512i Load(const void* sums) { return _mm512_load_si512(sums); }
+};
+
+// Which tiles it takes is written into the instruction, so this can't be a function.
+#define OCTAVO_MULTIPLY_ADD(sums, x, w) \
+  if constexpr (Kind::kIsInt8) {        \
+    _tile_dpbssd(sums, x, w);           \
+  } else {                              \
+    _tile_dpbf16ps(sums, x, w);         \
   }
+
+template <typename Kind>
+void StoreTile(const Product& p, int64_t row, int rows, int64_t block, const uint32_t* sums) {
+  for (int m = 0; m < rows; ++m) Store(p, row + m, block, Kind::Load(sums + m * kColumns));
 }
 
 // Up to 16 rows by four blocks of columns. Tiles 4 is x, 5 to 7 weights in turn.
-template <int kBlocks>
+template <typename Kind, int kBlocks>
 void FewRows(const Product& p, int64_t row, int rows, int64_t block) {
-  const uint16_t* x = p.x + row * p.depth;
-  const uint16_t* w = p.w + block * kColumns * p.depth;
-  const int64_t stride = kColumns * p.depth;
+  const uint32_t* x = p.x + row * p.words;
+  const uint32_t* w = p.w + block * kColumns * p.words;
+  const int64_t stride = kColumns * p.words;
   _tile_zero(0);
   if (kBlocks > 1) _tile_zero(1);
   if (kBlocks > 2) _tile_zero(2);
   if (kBlocks > 3) _tile_zero(3);
-  for (int64_t k = 0; k < p.depth; k += kTileDepth) {
-    const uint16_t* at = w + k * kColumns;
-    _tile_loadd(4, x + k, p.depth * 2);
+  for (int64_t k = 0; k < p.words; k += kTileWords) {
+    const uint32_t* at = w + k * kColumns;
+    _tile_loadd(4, x + k, p.words * 4);
     _tile_loadd(6, at, 64);
-    _tile_dpbf16ps(0, 4, 6);
+    OCTAVO_MULTIPLY_ADD(0, 4, 6);
     if (kBlocks > 1) {
       _tile_loadd(7, at + stride, 64);
-      _tile_dpbf16ps(1, 4, 7);
+      OCTAVO_MULTIPLY_ADD(1, 4, 7);
     }
     if (kBlocks > 2) {
       _tile_loadd(6, at + 2 * stride, 64);
-      _tile_dpbf16ps(2, 4, 6);
+      OCTAVO_MULTIPLY_ADD(2, 4, 6);
     }
     if (kBlocks > 3) {
       _tile_loadd(7, at + 3 * stride, 64);
-      _tile_dpbf16ps(3, 4, 7);
+      OCTAVO_MULTIPLY_ADD(3, 4, 7);
     }
   }
-  alignas(64) float sums[kTileRows * kColumns];
+  alignas(64) uint32_t sums[kTileRows * kColumns];
   _tile_stored(0, sums, 64);
-  Store(p, row, rows, block, sums);
+  StoreTile<Kind>(p, row, rows, block, sums);
   if (kBlocks > 1) {
     _tile_stored(1, sums, 64);
-    Store(p, row, rows, block + 1, sums);
+    StoreTile<Kind>(p, row, rows, block + 1, sums);
   }
   if (kBlocks > 2) {
     _tile_stored(2, sums, 64);
-    Store(p, row, rows, block + 2, sums);
+    StoreTile<Kind>(p, row, rows, block + 2, sums);
   }
   if (kBlocks > 3) {
     _tile_stored(3, sums, 64);
-    Store(p, row, rows, block + 3, sums);
+    StoreTile<Kind>(p, row, rows, block + 3, sums);
   }
 }
 
 // 16 rows, and up to 16 more, by two blocks of columns: each tile that is loaded serves two products.
+template <typename Kind>
 void ManyRows(const Product& p, int64_t row, int second_rows, int64_t block) {
-  const uint16_t* x = p.x + row * p.depth;
-  const uint16_t* w = p.w + block * kColumns * p.depth;
-  const int64_t below = kTileRows * p.depth, beside = kColumns * p.depth;
+  const uint32_t* x = p.x + row * p.words;
+  const uint32_t* w = p.w + block * kColumns * p.words;
+  const int64_t below = kTileRows * p.words, beside = kColumns * p.words;
   _tile_zero(0);
   _tile_zero(1);
   _tile_zero(2);
   _tile_zero(3);
-  for (int64_t k = 0; k < p.depth; k += kTileDepth) {
-    _tile_loadd(4, x + k, p.depth * 2);
+  for (int64_t k = 0; k < p.words; k += kTileWords) {
+    _tile_loadd(4, x + k, p.words * 4);
     _tile_loadd(6, w + k * kColumns, 64);
-    _tile_dpbf16ps(0, 4, 6);
+    OCTAVO_MULTIPLY_ADD(0, 4, 6);
     _tile_loadd(7, w + beside + k * kColumns, 64);
-    _tile_dpbf16ps(1, 4, 7);
-    _tile_loadd(5, x + below + k, p.depth * 2);
-    _tile_dpbf16ps(2, 5, 6);
-    _tile_dpbf16ps(3, 5, 7);
+    OCTAVO_MULTIPLY_ADD(1, 4, 7);
+    _tile_loadd(5, x + below + k, p.words * 4);
+    OCTAVO_MULTIPLY_ADD(2, 5, 6);
+    OCTAVO_MULTIPLY_ADD(3, 5, 7);
   }
-  alignas(64) float sums[4][kTileRows * kColumns];
+  alignas(64) uint32_t sums[4][kTileRows * kColumns];
   _tile_stored(0, sums[0], 64);
   _tile_stored(1, sums[1], 64);
   _tile_stored(2, sums[2], 64);
   _tile_stored(3, sums[3], 64);
-  Store(p, row, kTileRows, block, sums[0]);
-  Store(p, row, kTileRows, block + 1, sums[1]);
-  Store(p, row + kTileRows, second_rows, block, sums[2]);
-  Store(p, row + kTileRows, second_rows, block + 1, sums[3]);
+  StoreTile<Kind>(p, row, kTileRows, block, sums[0]);
+  StoreTile<Kind>(p, row, kTileRows, block + 1, sums[1]);
+  StoreTile<Kind>(p, row + kTileRows, second_rows, block, sums[2]);
+  StoreTile<Kind>(p, row + kTileRows, second_rows, block + 1, sums[3]);
 }
 
+template <typename Kind>
 void Columns(const Product& p, int64_t row, int rows, int64_t first, int64_t last) {
   int64_t block = first;
-  for (; block + 4 <= last; block += 4) FewRows<4>(p, row, rows, block);
+  for (; block + 4 <= last; block += 4) FewRows<Kind, 4>(p, row, rows, block);
   switch (last - block) {
-    case 3: return FewRows<3>(p, row, rows, block);
-    case 2: return FewRows<2>(p, row, rows, block);
-    case 1: return FewRows<1>(p, row, rows, block);
+    case 3: return FewRows<Kind, 3>(p, row, rows, block);
+    case 2: return FewRows<Kind, 2>(p, row, rows, block);
+    case 1: return FewRows<Kind, 1>(p, row, rows, block);
   }
 }
 
-}  // namespace
-
-void MultiplyAmx(const Product& p, int64_t first, int64_t last) {
+template <typename Kind>
+void MultiplyBlocks(const Product& p, int64_t first, int64_t last) {
   int64_t row = 0;
   while (p.rows - row > kTileRows) {
     const int64_t left = p.rows - row - kTileRows;
     const int second_rows = static_cast<int>(left < kTileRows ? left : kTileRows);
     if (row == 0 || second_rows < kTileRows) Configure(kTileRows, second_rows);
     int64_t block = first;
-    for (; block + 2 <= last; block += 2) ManyRows(p, row, second_rows, block);
+    for (; block + 2 <= last; block += 2) ManyRows<Kind>(p, row, second_rows, block);
     if (block < last) {
-      FewRows<1>(p, row, kTileRows, block);
+      FewRows<Kind, 1>(p, row, kTileRows, block);
       if (second_rows < kTileRows) Configure(second_rows, second_rows);
-      FewRows<1>(p, row + kTileRows, second_rows, block);
+      FewRows<Kind, 1>(p, row + kTileRows, second_rows, block);
     }
     row += kTileRows + second_rows;
   }
   if (row < p.rows) {
     const int rows = static_cast<int>(p.rows - row);
     Configure(rows, rows);
-    Columns(p, row, rows, first, last);
+    Columns<Kind>(p, row, rows, first, last);
   }
   _tile_release();
 }
+
+}  // namespace
+
+Kernels AmxKernels() { return {MultiplyBlocks<Bf16>, MultiplyBlocks<Int8>, Avx512Kernels().quantise}; }
 
 }  // namespace octavo

@@ -1,4 +1,4 @@
-// From float32 sums to a result, for kernels whose instructions don't round to bfloat16.
+// From sums to results, for kernels whose instructions don't round to bfloat16.
 
 #pragma once
 
@@ -18,6 +18,14 @@ inline void StoreBlock(const Product& p, int64_t row, int64_t block, const float
   } else {
     for (int n = 0; n < kColumns; ++n) static_cast<uint16_t*>(p.y)[at + n] = Rounded(sums[n]);
   }
+}
+
+inline void StoreBlock(const Product& p, int64_t row, int64_t block, const int32_t* sums) {
+  float scaled[kColumns];
+  for (int n = 0; n < kColumns; ++n) {
+    scaled[n] = static_cast<float>(sums[n]) * p.x_scales[row] * p.w_scales[block * kColumns + n];
+  }
+  StoreBlock(p, row, block, scaled);
 }
 
 }  // namespace
