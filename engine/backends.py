@@ -37,7 +37,7 @@ def resolve_products(
     """Which matrix products the config means for a model on a device, and why.
 
     Args:
-      config: its `matmul.backend`, `mesh` and `model.dtype`.
+      config: its `matmul.backend`, `mesh`, `model.dtype` and `model.quantization`.
       arch: of the model, with KV heads as often as chips hold them.
       device: by default, the first of this process.
 
@@ -49,7 +49,7 @@ def resolve_products(
             config.matmul.backend,
             _device(device)[0],
             num_devices=config.mesh.tensor * config.mesh.data,
-            dtype=config.model.dtype,
+            dtype=config.weight_dtype,
             shapes=matrix_shapes(arch),
         )
     except ValueError as error:

@@ -102,9 +102,11 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     held = with_kv_copies(arch, copies)
     multiplied = resolve_products(config, held)
     disk = open_disk_tier(config, limits, held, resolved.backend, multiplied.backend)
-    model = abstract_decoder(held, jnp.dtype(config.model.dtype), Products(multiplied.backend))
+    products = Products(multiplied.backend, config.model.quantization)
+    model = abstract_decoder(held, jnp.dtype(config.model.dtype), products)
     shape = runner_shape(config, limits)
-    with enough_memory("the weights don't fit", "raise mesh.tensor or set model.dtype to bfloat16"):
+    smaller = "raise mesh.tensor or set model.dtype to bfloat16 or model.quantization to int8"
+    with enough_memory("the weights don't fit", smaller):
         weights = read_weights(checkpoint, model, mesh, functools.partial(show, "Loading weights"))
     attention = Attention(resolved.backend, mesh)
     if scales is not None:
@@ -133,11 +135,13 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
                 "empty; leave cache.host_memory out"
             )
     log.info(
-        "%s: attention %s (%s), products %s (%s) on %s, %d blocks of %d tokens in %s, buckets %s",
+        "%s: attention %s (%s), products %s (%s) on %s, weights in %s, "
+        "%d blocks of %d tokens in %s, buckets %s",
         checkpoint.format,
         *resolved[:2],
         *multiplied[:2],
         device_kind(),
+        config.weight_dtype,
         limits.num_blocks,
         limits.block_size,
         config.cache_dtype,
@@ -225,6 +229,7 @@ def make_limits(
             "can be addressed; lower cache.memory or cache.num_blocks, or raise cache.block_size"
         )
     merges = config.cache.observability == "constant"
+    quantised = () if config.model.quantization == "none" else (f"weights: {config.weight_dtype}",)
     # What a server without isolation leaves in a tier is not for one that has it.
     isolation = () if config.cache.isolation == "domain" else ("isolation: none",)
     return Limits(
@@ -245,6 +250,7 @@ def make_limits(
                 config.model.dtype,
                 config.cache_dtype,
                 scales_fingerprint(scales),
+                *quantised,
                 *isolation,
             )
         ),

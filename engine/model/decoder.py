@@ -9,7 +9,6 @@ Suffixes name dimensions (legend in engine/types.py): ``x_TD`` is [T, D].
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -19,30 +18,10 @@ from flax import nnx
 
 from engine.config import Architecture
 from engine.model.attention import Attention, Ragged
-from engine.model.products import BY_XLA, Products
+from engine.model.products import BY_XLA, Linear, Matrix, Products, Weight, held
 
 # A weight's logical axes; runtime/mesh.py says which mesh axis each is split over.
 LAYERS, VOCAB, EMBED, HEADS, KV_HEADS, FFN = "layers", "vocab", "embed", "heads", "kv_heads", "ffn"
-
-
-class Weight(nnx.Param):
-    """A parameter that knows its logical axes (`axes`, one name or None a dimension)."""
-
-
-class Matrix(Weight):
-    """One that rows are multiplied with, held as the products' backend wants it."""
-
-
-class Linear(nnx.Module):
-    """The weights of x @ kernel (+ bias); the kernel is [in, out], of layers [L, in, out]."""
-
-    def __init__(self, rngs, shape, axes, dtype, *, use_bias: bool = False):
-        # Random at the scale that keeps activations near one.
-        scale = jnp.asarray(1.0 / math.sqrt(shape[-2]), dtype)
-        self.kernel = Matrix(jax.random.normal(rngs.params(), shape, dtype) * scale, axes=axes)
-        bias_shape = (*shape[:-2], shape[-1])
-        bias_axes = (*axes[:-2], axes[-1])
-        self.bias = Weight(jnp.zeros(bias_shape, dtype), axes=bias_axes) if use_bias else None
 
 
 class RMSNorm(nnx.Module):
@@ -63,12 +42,12 @@ class RMSNorm(nnx.Module):
 class Embed(nnx.Module):
     """Token embeddings, [V, D]; also the output projection where the two are tied."""
 
-    def __init__(self, rngs, arch: Architecture, dtype):
+    def __init__(self, rngs, arch: Architecture, dtype, products: Products):
         shape = (arch.vocab_size, arch.hidden_size)
-        self.weight = Weight(
-            jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(0.02, dtype),
-            axes=(VOCAB, EMBED),
-        )
+        table = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(0.02, dtype)
+        weight, scales = products.hold(table, axis=-1) if arch.tie_embeddings else (table, None)
+        self.weight = Weight(weight, axes=(VOCAB, EMBED))
+        self.weight_scale = None if scales is None else Weight(scales, axes=(VOCAB,))
 
 
 class DecoderLayer(nnx.Module):
@@ -83,7 +62,8 @@ class DecoderLayer(nnx.Module):
 
         def linear(rows, columns, row_axis, column_axis, use_bias=False):
             axes = (LAYERS, row_axis, column_axis)
-            return Linear(rngs, (layers, rows, columns), axes, dtype, use_bias=use_bias)
+            shape = (layers, rows, columns)
+            return Linear(rngs, shape, axes, dtype, products, use_bias=use_bias)
 
         def norm(size, axis):
             return RMSNorm((layers, size), (LAYERS, axis), dtype, arch.rms_norm_eps)
@@ -124,7 +104,7 @@ class DecoderLayer(nnx.Module):
 
     def _multiply(self, x, layer, *linears: Linear):
         """x times one layer's matrix of each, biases added."""
-        results = self.products(x, [linear.kernel[...] for linear in linears], layer)
+        results = self.products(x, [linear.matrix for linear in linears], layer)
         return [
             y if linear.bias is None else y + jnp.expand_dims(linear.bias[...], 0)
             for y, linear in zip(results, linears, strict=True)
@@ -137,11 +117,12 @@ class Decoder(nnx.Module):
     def __init__(self, arch: Architecture, dtype: Any, rngs: nnx.Rngs, products: Products = BY_XLA):
         self.arch = arch
         self.products = products
-        self.embed = Embed(rngs, arch, dtype)
+        self.embed = Embed(rngs, arch, dtype, products)
         self.layers = DecoderLayer(rngs, arch, dtype, products)
         self.final_norm = RMSNorm((arch.hidden_size,), (EMBED,), dtype, arch.rms_norm_eps)
         shape = (arch.hidden_size, arch.vocab_size)
-        self.lm_head = None if arch.tie_embeddings else Linear(rngs, shape, (EMBED, VOCAB), dtype)
+        axes = (EMBED, VOCAB)
+        self.lm_head = None if arch.tie_embeddings else Linear(rngs, shape, axes, dtype, products)
 
     def __call__(
         self,
@@ -196,7 +177,7 @@ class Decoder(nnx.Module):
 
         # The sum of all layers is float32 whatever the weights are: rounding it to bfloat16
         # sixty times would be most of the error, and it is small beside everything else.
-        table = self.embed.weight[...]  # packed for products where it is tied
+        table = held(self.embed.weight, self.embed.weight_scale)  # packed where it is tied
         x_TD = self.products.embed(table, token_ids) if self.lm_head is None else table[token_ids]
         x_TD = x_TD.astype(jnp.float32)
         indices = jnp.arange(arch.num_layers, dtype=jnp.int32)
@@ -207,8 +188,9 @@ class Decoder(nnx.Module):
     def logits(self, x_SD: jax.Array) -> jax.Array:
         """Scores over the vocabulary, float32[S, V]."""
         if self.lm_head is None:
-            return self.products.scores(x_SD, self.embed.weight[...])
-        return self.products(x_SD, [self.lm_head.kernel[...][None]], 0, jnp.float32)[0]
+            return self.products.scores(x_SD, held(self.embed.weight, self.embed.weight_scale))
+        stack = jax.tree.map(lambda part: part[None], self.lm_head.matrix)
+        return self.products(x_SD, [stack], 0, jnp.float32)[0]
 
 
 def abstract_decoder(arch: Architecture, dtype: Any, products: Products = BY_XLA) -> Decoder:

@@ -1,9 +1,9 @@
 """Products of a step's rows with the weights of one layer out of a stack.
 
 ``matmul`` is the one entry point. Backends: ``reference`` (the oracle, in float32), ``xla`` (any
-device) and ``cpu`` (native code for x86-64: weights packed once, no thread pool but XLA's). ``pack``
-gives weights the layout that a backend wants. They may be ``Quantised``, in int8: then x is too, each
-row as it comes.
+device) and ``cpu`` (native code for x86-64: weights packed once, no thread pool but XLA's).
+``pack`` gives weights the layout that a backend wants. They may be ``Quantised``, in int8: then so
+is x, each row as it comes.
 
 Shapes: M rows, K depth, N columns, L layers of a stack.
 """

@@ -1,10 +1,10 @@
 """Native products for CPUs, in bfloat16 and int8.
 
 XLA's own products for the CPU pack the weights anew at every call. Here they are packed once, when
-they are loaded: bfloat16 as [L, N / 16, K / 2, 16, 2], in which 64 bytes are 16 columns by a pair of
-rows, as AMX and AVX512-BF16 take them, and int8, by four rows, as [L, N / 16, K / 4, 16, 4]. A stack stays whole, and the call is told which layer: a slice would
-be a copy. Sums go in one order whatever the number of rows, so that a row's result does not depend
-on what else is in the batch.
+they are loaded: bfloat16 as [L, N / 16, K / 2, 16, 2], in which 64 bytes are 16 columns by a pair
+of rows, as AMX and AVX512-BF16 take them, and int8, by four rows, as [L, N / 16, K / 4, 16, 4]. A
+stack stays whole, and the call is told which layer: a slice would be a copy. Sums go in one order
+whatever the number of rows, so that a row's result does not depend on what else is in the batch.
 """
 
 from __future__ import annotations

@@ -29,8 +29,7 @@ def matmul(
 ) -> list[jax.Array]:
     """See `pallas_kernels.matmul.matmul`."""
     return [
-        _product(x, jax.tree.map(lambda part: part[layer], stack)).astype(dtype)
-        for stack in stacks
+        _product(x, jax.tree.map(lambda part: part[layer], stack)).astype(dtype) for stack in stacks
     ]
 
 
