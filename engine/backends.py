@@ -49,7 +49,8 @@ def resolve_products(
             config.matmul.backend,
             _device(device)[0],
             num_devices=config.mesh.tensor * config.mesh.data,
-            dtype=config.weight_dtype,
+            dtype=config.model.dtype,
+            in_int8=config.model.quantization == "int8",
             shapes=matrix_shapes(arch),
         )
     except ValueError as error:

@@ -45,6 +45,7 @@ ATTENTION = Path("pallas_kernels/paged_attention/native")
 SOURCES: dict[Path, Sequence[str]] = {
     Path("pallas_kernels/native/processor.cc"): (),
     MATMUL / "matmul.cc": (),
+    MATMUL / "feed_forward.cc": (),
     MATMUL / "portable.cc": (),
     ATTENTION / "attention.cc": (),
     ATTENTION / "portable.cc": (),

@@ -18,7 +18,16 @@ from flax import nnx
 
 from engine.config import Architecture
 from engine.model.attention import Attention, Ragged
-from engine.model.products import BY_XLA, Linear, Matrix, Products, Weight, held
+from engine.model.products import (
+    BY_XLA,
+    Linear,
+    Norm,
+    Products,
+    Stacked,
+    Weight,
+    held,
+    rms_norm,
+)
 
 # A weight's logical axes; runtime/mesh.py says which mesh axis each is split over.
 LAYERS, VOCAB, EMBED, HEADS, KV_HEADS, FFN = "layers", "vocab", "embed", "heads", "kv_heads", "ffn"
@@ -27,16 +36,16 @@ LAYERS, VOCAB, EMBED, HEADS, KV_HEADS, FFN = "layers", "vocab", "embed", "heads"
 class RMSNorm(nnx.Module):
     """Root-mean-square norm over the last axis, computed in float32 (Zhang & Sennrich, 2019)."""
 
-    def __init__(self, shape, axes, dtype, epsilon: float):
-        self.scale = Weight(jnp.ones(shape, dtype), axes=axes)
+    def __init__(self, shape, axes, dtype, epsilon: float, kind: type[Weight] = Weight):
+        self.scale = kind(jnp.ones(shape, dtype), axes=axes)
         self.epsilon = epsilon
 
     def __call__(self, x: jax.Array) -> jax.Array:
-        wide = x.astype(jnp.float32)
-        mean_square = jnp.mean(jnp.square(wide), axis=-1, keepdims=True)
-        scale = self.scale[...].reshape((1,) * (x.ndim - 1) + (-1,))
-        normed = wide * jax.lax.rsqrt(mean_square + self.epsilon)
-        return (normed * scale.astype(jnp.float32)).astype(scale.dtype)
+        return rms_norm(x, self.scale[...], self.epsilon)
+
+    @property
+    def of_layers(self) -> Norm:
+        return Norm(self.scale[...], self.epsilon)
 
 
 class Embed(nnx.Module):
@@ -51,8 +60,8 @@ class Embed(nnx.Module):
 
 
 class DecoderLayer(nnx.Module):
-    """Attention and feed-forward, each normed before and added after. Called with the matrices of
-    all layers, as a slice would be a copy for native code, and with all else of one layer."""
+    """Attention and feed-forward, each normed before and added after. Called with what is `Stacked`
+    of all layers, and with all else of one."""
 
     def __init__(self, rngs: nnx.Rngs, arch: Architecture, dtype, products: Products):
         self.arch = arch
@@ -65,50 +74,40 @@ class DecoderLayer(nnx.Module):
             shape = (layers, rows, columns)
             return Linear(rngs, shape, axes, dtype, products, use_bias=use_bias)
 
-        def norm(size, axis):
-            return RMSNorm((layers, size), (LAYERS, axis), dtype, arch.rms_norm_eps)
+        def norm(size, axis, kind):
+            return RMSNorm((layers, size), (LAYERS, axis), dtype, arch.rms_norm_eps, kind)
 
-        self.attn_norm = norm(width, EMBED)
+        self.attn_norm = norm(width, EMBED, Stacked)
         self.q_proj = linear(width, q_width, EMBED, HEADS, arch.qkv_bias)
         self.k_proj = linear(width, kv_width, EMBED, KV_HEADS, arch.qkv_bias)
         self.v_proj = linear(width, kv_width, EMBED, KV_HEADS, arch.qkv_bias)
-        self.q_norm = norm(arch.head_dim, None) if arch.qk_norm else None
-        self.k_norm = norm(arch.head_dim, None) if arch.qk_norm else None
+        self.q_norm = norm(arch.head_dim, None, Weight) if arch.qk_norm else None
+        self.k_norm = norm(arch.head_dim, None, Weight) if arch.qk_norm else None
         self.o_proj = linear(q_width, width, HEADS, EMBED)
-        self.mlp_norm = norm(width, EMBED)
+        self.mlp_norm = norm(width, EMBED, Stacked)
         self.gate_proj = linear(width, ffn, EMBED, FFN)
         self.up_proj = linear(width, ffn, EMBED, FFN)
         self.down_proj = linear(ffn, width, FFN, EMBED)
 
     def __call__(self, x_TD, kv_pool, layer, rope, attend):
-        normed_TD = self.attn_norm(x_TD)
-        attended_TD, kv_pool = self._attend(normed_TD, kv_pool, layer, rope, attend)
-        x_TD = x_TD + attended_TD.astype(x_TD.dtype)
-        fed_TD = self._feed_forward(self.mlp_norm(x_TD), layer)
-        return x_TD + fed_TD.astype(x_TD.dtype), kv_pool
-
-    def _attend(self, x_TD, kv_pool, layer, rope, attend):
-        q, k, v = self._multiply(x_TD, layer, self.q_proj, self.k_proj, self.v_proj)
-        q_TNH, k_TKH, v_TKH = (y.reshape(len(y), -1, self.arch.head_dim) for y in (q, k, v))
+        q_TNH, k_TKH, v_TKH = self._project(x_TD, layer)
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
         q_TNH, k_TKH = apply_rope(q_TNH, rope), apply_rope(k_TKH, rope)
         out_TNH, kv_pool = attend(q_TNH, k_TKH, v_TKH, kv_pool)
-        return self._multiply(out_TNH.reshape(len(out_TNH), -1), layer, self.o_proj)[0], kv_pool
+        out_TNH = out_TNH.reshape(len(x_TD), -1)
+        (x_TD,) = self.products(out_TNH, [self.o_proj.matrix], layer, add_MN=x_TD)
+        stacks = [linear.matrix for linear in (self.gate_proj, self.up_proj, self.down_proj)]
+        return self.products.feed_forward(x_TD, self.mlp_norm.of_layers, *stacks, layer), kv_pool
 
-    def _feed_forward(self, x_TD, layer):
-        gate_TF, up_TF = self._multiply(x_TD, layer, self.gate_proj, self.up_proj)
-        # In bfloat16, the sigmoid would round once more than need be, and no faster.
-        hidden_TF = jax.nn.silu(gate_TF.astype(jnp.float32)) * up_TF.astype(jnp.float32)
-        return self._multiply(hidden_TF.astype(x_TD.dtype), layer, self.down_proj)[0]
-
-    def _multiply(self, x, layer, *linears: Linear):
-        """x times one layer's matrix of each, biases added."""
-        results = self.products(x, [linear.matrix for linear in linears], layer)
-        return [
-            y if linear.bias is None else y + jnp.expand_dims(linear.bias[...], 0)
-            for y, linear in zip(results, linears, strict=True)
-        ]
+    def _project(self, x_TD, layer):
+        """Queries, keys and values, biases added, by head."""
+        linears = self.q_proj, self.k_proj, self.v_proj
+        stacks = [linear.matrix for linear in linears]
+        results = self.products(x_TD, stacks, layer, norm=self.attn_norm.of_layers)
+        for y, linear in zip(results, linears, strict=True):
+            biased = y if linear.bias is None else y + jnp.expand_dims(linear.bias[...], 0)
+            yield biased.reshape(len(y), -1, self.arch.head_dim)
 
 
 class Decoder(nnx.Module):
@@ -154,7 +153,7 @@ class Decoder(nnx.Module):
         )
         rope = rope_angles(ragged.positions, arch)
         num_blocks = kv_pool.shape[0] // arch.num_layers
-        definition, matrices, weights = nnx.split(self.layers, Matrix, ...)
+        definition, matrices, weights = nnx.split(self.layers, Stacked, ...)
 
         def run_layer(carry, layer):
             x_TD, pool = carry
@@ -190,7 +189,7 @@ class Decoder(nnx.Module):
         if self.lm_head is None:
             return self.products.scores(x_SD, held(self.embed.weight, self.embed.weight_scale))
         stack = jax.tree.map(lambda part: part[None], self.lm_head.matrix)
-        return self.products(x_SD, [stack], 0, jnp.float32)[0]
+        return self.products(x_SD, [stack], 0, dtype=jnp.float32)[0]
 
 
 def abstract_decoder(arch: Architecture, dtype: Any, products: Products = BY_XLA) -> Decoder:
@@ -216,15 +215,17 @@ def rope_frequencies(arch: Architecture) -> np.ndarray:
 
 
 def rope_angles(positions: jax.Array, arch: Architecture) -> tuple[jax.Array, jax.Array]:
-    """Cosine and sine for each token, float32[T, 1, H / 2] each."""
+    """Cosine for each token, float32[T, 1, 1, H / 2], and sine of either half's sign, with a 2."""
     frequency = jnp.asarray(rope_frequencies(arch))
-    angles = positions.astype(jnp.float32)[:, None, None] * frequency[None, None]
-    return jnp.cos(angles), jnp.sin(angles)
+    angles = positions.astype(jnp.float32)[:, None, None, None] * frequency[None, None, None]
+    sin = jnp.sin(angles)
+    return jnp.cos(angles), jnp.concatenate([-sin, sin], axis=2)
 
 
 def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
     """Rotate the pairs (i, i + H/2) of each head of x [T, heads, H], in float32."""
     cos, sin = rope
-    first, second = jnp.split(x.astype(jnp.float32), 2, axis=-1)
-    rotated = (first * cos - second * sin, second * cos + first * sin)
-    return jnp.concatenate(rotated, axis=-1).astype(x.dtype)
+    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
+    # Nothing is put together again, which would be three more operations a layer.
+    rotated = halves * cos + halves[..., ::-1, :] * sin
+    return rotated.astype(x.dtype).reshape(x.shape)

@@ -14,18 +14,20 @@ from flax import nnx
 from engine.config import Architecture, Quantization
 from engine.weights.checkpoint import native_shapes
 from pallas_kernels import matmul as mm
-from pallas_kernels.matmul import Quantised, Resolved, resolve_backend
+from pallas_kernels.matmul import Norm, Quantised, Resolved, resolve_backend, rms_norm
 
 __all__ = [
     "BY_XLA",
     "Linear",
-    "Matrix",
+    "Norm",
     "Products",
     "Resolved",
+    "Stacked",
     "Weight",
     "held",
     "matrix_shapes",
     "resolve_backend",
+    "rms_norm",
 ]
 
 Held = jax.Array | Quantised  # what a backend multiplies with
@@ -35,8 +37,9 @@ class Weight(nnx.Param):
     """A parameter that knows its logical axes (`axes`, one name or None a dimension)."""
 
 
-class Matrix(Weight):
-    """One that rows are multiplied with, held as the products' backend wants it."""
+class Stacked(Weight):
+    """One that products take with all layers, as a slice would be a copy for native code: matrices,
+    held as their backend wants them, and the norms before them."""
 
 
 class Linear(nnx.Module):
@@ -50,8 +53,8 @@ class Linear(nnx.Module):
         scale = jnp.asarray(1.0 / math.sqrt(shape[-2]), dtype)
         kernel, scales = products.hold(jax.random.normal(rngs.params(), shape, dtype) * scale)
         column_shape, column_axes = (*shape[:-2], shape[-1]), (*axes[:-2], axes[-1])
-        self.kernel = Matrix(kernel, axes=axes)
-        self.kernel_scale = None if scales is None else Matrix(scales, axes=column_axes)
+        self.kernel = Stacked(kernel, axes=axes)
+        self.kernel_scale = None if scales is None else Stacked(scales, axes=column_axes)
         self.bias = Weight(jnp.zeros(column_shape, dtype), axes=column_axes) if use_bias else None
 
     @property
@@ -80,10 +83,14 @@ class Products:
         x_MK: jax.Array,
         stacks: Sequence[Held],
         layer: jax.Array | int,
-        dtype: Any = None,
+        **options: Any,
     ) -> tuple[jax.Array, ...]:
         """See `pallas_kernels.matmul.matmul`."""
-        return mm.matmul(x_MK, stacks, layer, backend=self.backend, dtype=dtype)
+        return mm.matmul(x_MK, stacks, layer, backend=self.backend, **options)
+
+    def feed_forward(self, x_MD: jax.Array, norm: Norm, *stacks_and_layer: Any) -> jax.Array:
+        """See `pallas_kernels.matmul.feed_forward`."""
+        return mm.feed_forward(x_MD, norm, *stacks_and_layer, backend=self.backend)
 
     def embed(self, table: Held, token_ids: jax.Array) -> jax.Array:
         """See `pallas_kernels.matmul.embed`."""

@@ -1,9 +1,10 @@
 """Products of a step's rows with the weights of one layer out of a stack.
 
-``matmul`` is the one entry point. Backends: ``reference`` (the oracle, in float32), ``xla`` (any
-device) and ``cpu`` (native code for x86-64: weights packed once, no thread pool but XLA's).
-``pack`` gives weights the layout that a backend wants. They may be ``Quantised``, in int8: then so
-is x, each row as it comes.
+``matmul`` and ``feed_forward`` are the entry points, which take what goes before and after a
+product along: a call of native code costs as much as a small operation does. Backends:
+``reference`` (the oracle, in float32), ``xla`` (any device) and ``cpu`` (native code, bfloat16, for
+x86-64: weights packed once, no thread pool but XLA's). ``pack`` gives weights the layout that a
+backend wants. With any of them, weights may be ``Quantised``, in int8.
 
 Shapes: M rows, K depth, N columns, L layers of a stack.
 """
@@ -19,17 +20,21 @@ import jax.numpy as jnp
 
 from pallas_kernels import native
 from pallas_kernels.matmul.int8 import MAX_DEPTH, Quantised, quantise
+from pallas_kernels.matmul.norm import Norm, rms_norm
 
 __all__ = [
     "Backend",
+    "Norm",
     "Quantised",
     "Resolved",
     "embed",
+    "feed_forward",
     "matmul",
     "pack",
     "pack_table",
     "quantise",
     "resolve_backend",
+    "rms_norm",
     "scores",
 ]
 
@@ -53,6 +58,7 @@ def resolve_backend(
     *,
     num_devices: int = 1,
     dtype: str = "bfloat16",
+    in_int8: bool = False,
     shapes: Sequence[tuple[int, int]] = (),
 ) -> Resolved:
     """The backend that `name` means for a model on a device.
@@ -61,15 +67,16 @@ def resolve_backend(
       name: a backend, or "auto": cpu where it runs, or else xla.
       platform: as `jax.default_backend()` says it: "cpu", "gpu" or "tpu".
       num_devices: that the weights are split over.
-      dtype: of the weights: float32, bfloat16 or int8.
+      dtype: of the model.
+      in_int8: whether its matrices are `Quantised`.
       shapes: (K, N) of every matrix.
 
     Raises:
-      ValueError: the backend does not exist or can't run there, or no backend can. Nothing falls
-        back in silence.
+      ValueError: the backend does not exist or can't run there, or none can. Nothing falls back in
+        silence.
     """
     deepest = max((depth for depth, _ in shapes), default=0)
-    if dtype == "int8" and deepest > MAX_DEPTH:
+    if in_int8 and deepest > MAX_DEPTH:
         raise ValueError(
             f"a matrix has {deepest} rows, but of more than {MAX_DEPTH} in int8 a sum may not fit "
             "int32; leave the weights as they are"
@@ -85,7 +92,7 @@ def resolve_backend(
     elif num_devices > 1:
         refusal = f"weights are split over {num_devices} devices"
     else:
-        refusal = _module("cpu").unsupported(dtype, shapes)
+        refusal = _module("cpu").unsupported(dtype, in_int8, shapes)
     if refusal is None:
         return Resolved("cpu", native.instructions())
     if name == "auto":
@@ -98,7 +105,7 @@ def resolve_backend(
 def pack(matrices: jax.Array, backend: Backend) -> jax.Array:
     """Matrices [..., K, N] as a backend wants them; `matmul` takes stacks of the result.
 
-    Of `Quantised` ones, the values are packed, and the scales stay as they are.
+    Of `Quantised` ones the values are packed; their scales stay as they are.
     """
     return _module(backend).pack(matrices)
 
@@ -125,24 +132,59 @@ def matmul(
     *,
     backend: Backend,
     dtype: Any = None,
+    norm: Norm | None = None,
+    add_MN: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
     """x @ stack[layer] for each of several stacks, summed in float32, or of int8 in int32.
 
     Products of one x go in one call, which has more to share among threads.
 
     Args:
-      x_MK: in the weights' dtype; with int8 weights, bfloat16 or float32.
+      x_MK: in the weights' dtype, beside int8 in the model's; float32 where its norm is multiplied.
       stacks: [L, …], each matrix from `pack` by the same backend; K is that of x.
       layer: int32[], which of each stack.
       backend: from `resolve_backend`.
-      dtype: of the results, float32 or bfloat16; by default that of x.
+      dtype: of the results, float32 or bfloat16; by default that of x, or of its norm.
+      norm: multiply the norm of x, rounded to the dtype of its scales.
+      add_MN: float32, added to the product with the only stack; the result is float32. Backends
+        may round the product before.
 
     Returns:
       [M, N] for each stack, its own N.
     """
     layer = jnp.asarray(layer, jnp.int32)
-    dtype = jnp.dtype(x_MK.dtype if dtype is None else dtype)
-    return tuple(_module(backend).matmul(x_MK, stacks, layer, dtype))
+    if add_MN is not None:
+        dtype = jnp.float32
+    elif dtype is None:
+        dtype = x_MK.dtype if norm is None else norm.scales_LD.dtype
+    dtype = jnp.dtype(dtype)
+    return tuple(_module(backend).matmul(x_MK, stacks, layer, dtype, norm, add_MN))
+
+
+def feed_forward(
+    x_MD: jax.Array,
+    norm: Norm,
+    gate: jax.Array | Quantised,
+    up: jax.Array | Quantised,
+    down: jax.Array | Quantised,
+    layer: jax.Array | int,
+    *,
+    backend: Backend,
+) -> jax.Array:
+    """x + (silu(n @ gate) * (n @ up)) @ down, where n is the norm of x (Shazeer, 2020).
+
+    Args:
+      x_MD: float32.
+      norm: of x.
+      gate, up, down: stacks of [D, F], [D, F] and [F, D], from `pack` by the same backend.
+      layer: int32[], which of each.
+      backend: from `resolve_backend`.
+
+    Returns:
+      float32[M, D]. What silu gives is rounded to the dtype of the norm's scales.
+    """
+    layer = jnp.asarray(layer, jnp.int32)
+    return _module(backend).feed_forward(x_MD, norm, gate, up, down, layer)
 
 
 def _module(backend: Backend) -> Any:

@@ -10,6 +10,7 @@ whatever the number of rows, so that a row's result does not depend on what else
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,22 +18,23 @@ import numpy as np
 
 from pallas_kernels import native
 from pallas_kernels.matmul.int8 import Quantised
+from pallas_kernels.matmul.norm import Norm
 
 COLUMNS = 16  # of a block
 WORD = 4  # bytes: entries of a row that are multiplied at once
-DEPTH = {"bfloat16": 32, "int8": 64}  # K is a multiple of what a tile of AMX takes
+DEPTH = 16 * WORD  # bytes: K is a multiple of what a tile of AMX takes
 
 
-def unsupported(dtype: str, shapes: Sequence[tuple[int, int]]) -> str | None:
+def unsupported(dtype: str, in_int8: bool, shapes: Sequence[tuple[int, int]]) -> str | None:
     """Why matrices of these (K, N) can't be multiplied by native code here, or None."""
     if reason := native.unavailable():
         return reason
-    if dtype not in DEPTH:
-        return f"native products are for bfloat16 weights and int8 ones, not for {dtype}"
+    if dtype != "bfloat16":
+        return f"native products are for models in bfloat16, not in {dtype}"
+    multiple = DEPTH // (1 if in_int8 else 2)
     for depth, width in shapes:
-        if depth % DEPTH[dtype] or width % COLUMNS:
-            multiples = f"{DEPTH[dtype]} and {COLUMNS}"
-            return f"a matrix is {depth} by {width}, not multiples of {multiples}"
+        if depth % multiple or width % COLUMNS:
+            return f"a matrix is {depth} by {width}, not multiples of {multiple} and {COLUMNS}"
     return None
 
 
@@ -69,12 +71,68 @@ def matmul(
     stacks: Sequence[jax.Array | Quantised],
     layer: jax.Array,
     dtype: jnp.dtype,
+    norm: Norm | None = None,
+    add: jax.Array | None = None,
+    *,
     instructions: str = native.INSTRUCTIONS[-1],
 ) -> list[jax.Array]:
     """See `pallas_kernels.matmul.matmul`; `instructions` are the most that it may use."""
+    rows = x.shape[0]
+    normed = jax.ShapeDtypeStruct((0,) if norm is None else x.shape, jnp.bfloat16)
+    results = [jax.ShapeDtypeStruct((rows, _width(stack)), dtype) for stack in stacks]
+    call = _call("octavo_matmul", [normed, *results])
+    scales = jnp.zeros(0, jnp.bfloat16) if norm is None else norm.scales_LD
+    _, *products = call(
+        x,
+        layer,
+        scales,
+        jnp.zeros(0, jnp.float32) if add is None else add,
+        *_arrays(*stacks),
+        epsilon=np.float32(0.0 if norm is None else norm.epsilon),
+        most=_most(instructions),
+    )
+    return products
+
+
+def feed_forward(
+    x: jax.Array,
+    norm: Norm,
+    gate: jax.Array | Quantised,
+    up: jax.Array | Quantised,
+    down: jax.Array | Quantised,
+    layer: jax.Array,
+    *,
+    instructions: str = native.INSTRUCTIONS[-1],
+) -> jax.Array:
+    """See `pallas_kernels.matmul.feed_forward`; `instructions` are the most that it may use."""
+    rows, width = x.shape
+    results = [
+        jax.ShapeDtypeStruct(x.shape, jnp.float32),
+        jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),  # its norm
+        jax.ShapeDtypeStruct((rows, _width(gate)), jnp.bfloat16),
+    ]
+    call = _call("octavo_feed_forward", results)
+    epsilon, most = np.float32(norm.epsilon), _most(instructions)
+    stacks = _arrays(gate, up, down)
+    return call(x, layer, norm.scales_LD, *stacks, epsilon=epsilon, most=most)[0]
+
+
+def _width(stack: jax.Array | Quantised) -> int:
+    """Columns of a packed stack's matrices."""
+    return jax.tree.leaves(stack)[0].shape[1] * COLUMNS
+
+
+def _arrays(*stacks: jax.Array | Quantised) -> list[jax.Array]:
+    """Each stack and its scales, which are empty if it has none."""
+    none = jnp.zeros(0, jnp.float32)
+    pairs = [stack if isinstance(stack, Quantised) else (stack, none) for stack in stacks]
+    return [array for pair in pairs for array in pair]
+
+
+def _call(target: str, results: Sequence[jax.ShapeDtypeStruct]) -> Any:
     native.load()
-    widths = [jax.tree.leaves(stack)[0].shape[1] * COLUMNS for stack in stacks]
-    results = [jax.ShapeDtypeStruct((x.shape[0], width), dtype) for width in widths]
-    most = np.int32(native.INSTRUCTIONS.index(instructions))
-    arrays = jax.tree.leaves(stacks)  # of one in int8, the values and then the scales
-    return list(jax.ffi.ffi_call("octavo_matmul", results)(x, layer, *arrays, most=most))
+    return jax.ffi.ffi_call(target, results)
+
+
+def _most(instructions: str) -> np.int32:
+    return np.int32(native.INSTRUCTIONS.index(instructions))

@@ -10,33 +10,55 @@ from collections.abc import Sequence
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.matmul.int8 import Quantised, quantise_rows
+from pallas_kernels.matmul.int8 import STEPS, Quantised, quantise_rows
+from pallas_kernels.matmul.norm import Norm
 from pallas_kernels.matmul.xla import embed, pack, pack_table
 
-__all__ = ["embed", "matmul", "pack", "pack_table", "scores"]
+__all__ = ["embed", "feed_forward", "matmul", "pack", "pack_table", "scores"]
 
 
 def scores(x: jax.Array, table: jax.Array | Quantised) -> jax.Array:
     """See `pallas_kernels.matmul.scores`."""
     if isinstance(table, Quantised):
-        table = Quantised(table.values.T, table.scales)
-        return _product(x, table)
+        return _product(x, Quantised(table.values.T, table.scales))
     return _product(x, table.T)
 
 
 def matmul(
-    x: jax.Array, stacks: Sequence[jax.Array | Quantised], layer: jax.Array, dtype: jnp.dtype
+    x: jax.Array,
+    stacks: Sequence[jax.Array | Quantised],
+    layer: jax.Array,
+    dtype: jnp.dtype,
+    norm: Norm | None = None,
+    add: jax.Array | None = None,
 ) -> list[jax.Array]:
     """See `pallas_kernels.matmul.matmul`."""
-    return [
-        _product(x, jax.tree.map(lambda part: part[layer], stack)).astype(dtype) for stack in stacks
-    ]
+    if norm is not None:
+        x = norm(x, layer)
+    matrices = [jax.tree.map(lambda part: part[layer], stack) for stack in stacks]
+    products = [_product(x, matrix) for matrix in matrices]
+    return [(y if add is None else add + y).astype(dtype) for y in products]
+
+
+def feed_forward(
+    x: jax.Array,
+    norm: Norm,
+    gate: jax.Array | Quantised,
+    up: jax.Array | Quantised,
+    down: jax.Array | Quantised,
+    layer: jax.Array,
+) -> jax.Array:
+    """See `pallas_kernels.matmul.feed_forward`."""
+    float32 = jnp.dtype(jnp.float32)
+    gated, upped = matmul(x, [gate, up], layer, float32, norm)
+    hidden = (jax.nn.silu(gated) * upped).astype(norm.scales_LD.dtype)
+    return matmul(hidden, [down], layer, float32, add=x)[0]
 
 
 def _product(x: jax.Array, matrix: jax.Array | Quantised) -> jax.Array:
     if isinstance(matrix, Quantised):  # the numbers that the integers stand for
         values, scales = quantise_rows(x)
-        x = values.astype(jnp.float32) * scales
+        x = (values[:, 0].astype(jnp.float32) + values[:, 1].astype(jnp.float32) / STEPS) * scales
         matrix = matrix.values.astype(jnp.float32) * matrix.scales[None]
     wide = (x.astype(jnp.float32), matrix.astype(jnp.float32))
     return jnp.einsum("mk,kn->mn", *wide, precision=jax.lax.Precision.HIGHEST)

@@ -8,7 +8,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from pallas_kernels.matmul.int8 import Quantised, quantise_rows
+from pallas_kernels.matmul.int8 import STEPS, Quantised, quantise_rows
+from pallas_kernels.matmul.norm import Norm
 
 
 def pack(matrices: jax.Array) -> jax.Array:
@@ -35,25 +36,58 @@ def scores(x: jax.Array, table: jax.Array | Quantised) -> jax.Array:
 
 
 def matmul(
-    x: jax.Array, stacks: Sequence[jax.Array | Quantised], layer: jax.Array, dtype: jnp.dtype
+    x: jax.Array,
+    stacks: Sequence[jax.Array | Quantised],
+    layer: jax.Array,
+    dtype: jnp.dtype,
+    norm: Norm | None = None,
+    add: jax.Array | None = None,
 ) -> list[jax.Array]:
     """See `pallas_kernels.matmul.matmul`."""
 
     def of_layer(stack: jax.Array) -> jax.Array:
         return jax.lax.dynamic_index_in_dim(stack, layer, keepdims=False)
 
-    return [_dot(x, jax.tree.map(of_layer, stack), 0, dtype) for stack in stacks]
+    if norm is not None:
+        x = norm(x, layer)
+    if add is not None:
+        dtype = x.dtype  # what chips send each other to sum a split product is no wider than that
+    results = [_dot(x, jax.tree.map(of_layer, stack), 0, dtype) for stack in stacks]
+    return results if add is None else [add + y.astype(add.dtype) for y in results]
+
+
+def feed_forward(
+    x: jax.Array,
+    norm: Norm,
+    gate: jax.Array | Quantised,
+    up: jax.Array | Quantised,
+    down: jax.Array | Quantised,
+    layer: jax.Array,
+) -> jax.Array:
+    """See `pallas_kernels.matmul.feed_forward`."""
+    scales = norm.scales_LD
+    gated, upped = matmul(x, [gate, up], layer, scales.dtype, norm)
+    # In bfloat16, the sigmoid would round once more than need be, and no faster.
+    hidden = jax.nn.silu(gated.astype(jnp.float32)) * upped.astype(jnp.float32)
+    return matmul(hidden.astype(scales.dtype), [down], layer, scales.dtype, add=x)[0]
 
 
 def _dot(x: jax.Array, matrix: jax.Array | Quantised, axis: int, dtype: Any) -> jax.Array:
     """The product of x's last axis with an axis of a matrix."""
-    axes = (((x.ndim - 1,), (axis,)), ((), ()))
     if isinstance(matrix, Quantised):
         values, scales = quantise_rows(x)
+        axes = (((2,), (axis,)), ((), ()))
         sums = jax.lax.dot_general(
             values, matrix.values, axes, preferred_element_type=jnp.int32
         ).astype(jnp.float32)
+        sums = sums[:, 0] + sums[:, 1] * (1 / STEPS)
         return (sums * scales * matrix.scales[None]).astype(dtype)
     # TPUs multiply float32 in bfloat16 unless told otherwise.
     precision = jax.lax.Precision.HIGHEST if x.dtype == jnp.float32 else None
-    return jax.lax.dot_general(x, matrix, axes, precision=precision, preferred_element_type=dtype)
+    return jax.lax.dot_general(
+        x,
+        matrix,
+        (((x.ndim - 1,), (axis,)), ((), ())),
+        precision=precision,
+        preferred_element_type=dtype,
+    )

@@ -18,7 +18,11 @@ from pallas_kernels import native_sources
 from pallas_kernels.native_sources import LIBRARY
 
 INSTRUCTIONS = ("portable", "avx2", "avx512", "amx")  # as in processor.h
-TARGETS = {"octavo_matmul": "OctavoMatmul", "octavo_attention": "OctavoAttention"}
+TARGETS = {
+    "octavo_matmul": "OctavoMatmul",
+    "octavo_feed_forward": "OctavoFeedForward",
+    "octavo_attention": "OctavoAttention",
+}
 
 
 def unavailable() -> str | None:

@@ -45,7 +45,7 @@ def multiply(
     def run(x, layer, *stacks):
         packed = [mm.pack(stack, name) for stack in stacks]
         if instructions:
-            return cpu.matmul(x, packed, layer, jnp.dtype(dtype), instructions)
+            return cpu.matmul(x, packed, layer, jnp.dtype(dtype), instructions=instructions)
         return mm.matmul(x, packed, layer, backend=name, dtype=dtype)
 
     return [np.asarray(y) for y in run(x, jnp.int32(layer), *stacks)]
@@ -145,7 +145,7 @@ def test_native_code_runs_where_it_is_asked_for() -> None:
     [
         ({"platform": "tpu"}, "the device is a tpu"),
         ({"num_devices": 2}, "split over 2 devices"),
-        pytest.param({"dtype": "float32"}, "bfloat16 weights", marks=needs_native),
+        pytest.param({"dtype": "float32"}, "models in bfloat16", marks=needs_native),
         pytest.param({"shapes": [(64, 32), (60, 32)]}, "60 by 32", marks=needs_native),
         pytest.param({"shapes": [(64, 24)]}, "64 by 24", marks=needs_native),
     ],

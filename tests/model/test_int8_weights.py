@@ -31,7 +31,13 @@ def in_8_bits(array: np.ndarray, axis: int) -> np.ndarray:
 
 
 def product(x: np.ndarray, matrix: np.ndarray) -> np.ndarray:
-    return (in_8_bits(x, -1) @ in_8_bits(matrix, -2)).astype(np.float32)
+    """Of rows in 8 bits and what that leaves in 8 more, of steps a 254th as long."""
+    wide = x.astype(np.float64)
+    step = np.abs(wide).max(axis=-1, keepdims=True) / 127
+    step = np.where(step == 0, 1, step)
+    first = np.rint(wide / step)
+    row = (first + np.rint((wide / step - first) * 254) / 254) * step
+    return (row @ in_8_bits(matrix, -2)).astype(np.float32)
 
 
 @functools.cache

@@ -4,8 +4,10 @@
 #include <immintrin.h>
 
 #include <cstdint>
+#include <type_traits>
 
 #include "product.h"
+#include "rows.inc"
 #include "store512.h"
 
 namespace octavo {
@@ -37,26 +39,33 @@ void Configure(int first_rows, int second_rows) {
 }
 
 struct Bf16 {
-  static constexpr bool kIsInt8 = false;
-  static __m512 Load(const void* sums) { return _mm512_load_ps(sums); }
+  static constexpr int kParts = 1;  // of a row
+  static void Save(const Product& p, int64_t row, int64_t block, const uint32_t* sums) {
+    Store(p, row, block, _mm512_load_ps(sums));
+  }
 };
 
 struct Int8 {
-  static constexpr bool kIsInt8 = true;
-  static __m512i Load(const void* sums) { return _mm512_load_si512(sums); }
+  static constexpr int kParts = 2;
+  static void Save(const Product& p, int64_t row, int64_t block, const uint32_t* sums) {
+    Store(p, row, block, _mm512_load_si512(sums), _mm512_load_si512(sums + kColumns));
+  }
 };
 
 // Which tiles it takes is written into the instruction, so this can't be a function.
-#define OCTAVO_MULTIPLY_ADD(sums, x, w) \
-  if constexpr (Kind::kIsInt8) {        \
-    _tile_dpbssd(sums, x, w);           \
-  } else {                              \
-    _tile_dpbf16ps(sums, x, w);         \
+#define OCTAVO_MULTIPLY_ADD(sums, x, w)          \
+  if constexpr (std::is_same_v<Kind, Int8>) {    \
+    _tile_dpbssd(sums, x, w);                    \
+  } else {                                       \
+    _tile_dpbf16ps(sums, x, w);                  \
   }
 
+// A tile's rows are parts of rows.
 template <typename Kind>
 void StoreTile(const Product& p, int64_t row, int rows, int64_t block, const uint32_t* sums) {
-  for (int m = 0; m < rows; ++m) Store(p, row + m, block, Kind::Load(sums + m * kColumns));
+  for (int m = 0; m < rows; m += Kind::kParts) {
+    Kind::Save(p, (row + m) / Kind::kParts, block, sums + m * kColumns);
+  }
 }
 
 // Up to 16 rows by four blocks of columns. Tiles 4 is x, 5 to 7 weights in turn.
@@ -136,10 +145,10 @@ void ManyRows(const Product& p, int64_t row, int second_rows, int64_t block) {
 }
 
 template <typename Kind>
-void Columns(const Product& p, int64_t row, int rows, int64_t first, int64_t last) {
-  int64_t block = first;
-  for (; block + 4 <= last; block += 4) FewRows<Kind, 4>(p, row, rows, block);
-  switch (last - block) {
+void Columns(const Product& p, int64_t row, int rows) {
+  int64_t block = 0;
+  for (; block + 4 <= p.blocks; block += 4) FewRows<Kind, 4>(p, row, rows, block);
+  switch (p.blocks - block) {
     case 3: return FewRows<Kind, 3>(p, row, rows, block);
     case 2: return FewRows<Kind, 2>(p, row, rows, block);
     case 1: return FewRows<Kind, 1>(p, row, rows, block);
@@ -147,37 +156,37 @@ void Columns(const Product& p, int64_t row, int rows, int64_t first, int64_t las
 }
 
 template <typename Kind>
-void MultiplyBlocks(const Product& p, int64_t first, int64_t last) {
+void Multiply(const Product& p) {
+  const int64_t all = p.rows * Kind::kParts;
   int64_t row = 0;
-  while (p.rows - row > kTileRows) {
-    const int64_t left = p.rows - row - kTileRows;
+  while (all - row > kTileRows) {
+    const int64_t left = all - row - kTileRows;
     const int second_rows = static_cast<int>(left < kTileRows ? left : kTileRows);
     if (row == 0 || second_rows < kTileRows) Configure(kTileRows, second_rows);
-    int64_t block = first;
-    for (; block + 2 <= last; block += 2) ManyRows<Kind>(p, row, second_rows, block);
-    if (block < last) {
+    int64_t block = 0;
+    for (; block + 2 <= p.blocks; block += 2) ManyRows<Kind>(p, row, second_rows, block);
+    if (block < p.blocks) {
       FewRows<Kind, 1>(p, row, kTileRows, block);
       if (second_rows < kTileRows) Configure(second_rows, second_rows);
       FewRows<Kind, 1>(p, row + kTileRows, second_rows, block);
     }
     row += kTileRows + second_rows;
   }
-  if (row < p.rows) {
-    const int rows = static_cast<int>(p.rows - row);
+  if (row < all) {
+    const int rows = static_cast<int>(all - row);
     Configure(rows, rows);
-    Columns<Kind>(p, row, rows, first, last);
+    Columns<Kind>(p, row, rows);
   }
   _tile_release();
 }
 
-// Fifteen rows of a tile in vain take longer than memory does. In int8 the sums stay the same.
-void MultiplyInt8(const Product& p, int64_t first, int64_t last) {
-  if (p.rows == 1) return Avx512Kernels().int8(p, first, last);
-  MultiplyBlocks<Int8>(p, first, last);
+// Most of a tile's rows in vain take longer than memory does. In int8 the sums stay the same.
+void MultiplyInt8(const Product& p) {
+  p.rows == 1 ? kAvx512.multiply_int8(p) : Multiply<Int8>(p);
 }
 
 }  // namespace
 
-Kernels AmxKernels() { return {MultiplyBlocks<Bf16>, MultiplyInt8, Avx512Kernels().quantise}; }
+const Kernel kAmx = {Multiply<Bf16>, MultiplyInt8, Normalise, Activate, Quantise};
 
 }  // namespace octavo

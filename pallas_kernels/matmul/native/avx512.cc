@@ -6,7 +6,7 @@
 #include <cstdint>
 
 #include "product.h"
-#include "quantise.h"
+#include "rows.inc"
 #include "store512.h"
 
 namespace octavo {
@@ -14,10 +14,14 @@ namespace {
 
 struct Bf16 {
   using Sum = __m512;
+  static constexpr int kParts = 1;  // of a row
   static Sum Start(const Product&, int64_t) { return _mm512_setzero_ps(); }
   static __m512i Columns(__m512i words) { return words; }
   static Sum MultiplyAdd(Sum sum, __m512i entries, __m512i columns) {
     return _mm512_dpbf16_ps(sum, (__m512bh)entries, (__m512bh)columns);
+  }
+  static void Save(const Product& p, int64_t row, int64_t block, Sum sum, Sum) {
+    Store(p, row, block, sum);
   }
 };
 
@@ -25,6 +29,7 @@ struct Bf16 {
 // and sums start 128 times the sum of x below zero; they may wrap round on the way.
 struct Int8 {
   using Sum = __m512i;
+  static constexpr int kParts = 2;
   static Sum Start(const Product& p, int64_t row) { return _mm512_set1_epi32(-128 * p.x_sums[row]); }
   static __m512i Columns(__m512i words) {
     return _mm512_xor_si512(words, _mm512_set1_epi8(static_cast<char>(0x80)));
@@ -32,9 +37,13 @@ struct Int8 {
   static Sum MultiplyAdd(Sum sum, __m512i entries, __m512i columns) {
     return _mm512_dpbusd_epi32(sum, columns, entries);
   }
+  static void Save(const Product& p, int64_t row, int64_t block, Sum first, Sum rest) {
+    Store(p, row, block, first, rest);
+  }
 };
 
-// Some rows by two blocks of columns, or by one: as many sums as hide the latency of a product.
+// Some rows, or parts of rows, by two blocks of columns, or by one: as many sums as hide the latency
+// of a product.
 template <typename Kind, int kRows, int kBlocks>
 void Tile(const Product& p, int64_t row, int64_t block) {
   typename Kind::Sum sums[kRows][kBlocks];
@@ -55,43 +64,60 @@ void Tile(const Product& p, int64_t row, int64_t block) {
       }
     }
   }
-  for (int m = 0; m < kRows; ++m) {
-    for (int b = 0; b < kBlocks; ++b) Store(p, row + m, block + b, sums[m][b]);
+  constexpr int kParts = Kind::kParts;
+  for (int m = 0; m < kRows; m += kParts) {
+    for (int b = 0; b < kBlocks; ++b) {
+      Kind::Save(p, (row + m) / kParts, block + b, sums[m][b], sums[m + kParts - 1][b]);
+    }
   }
 }
 
 template <typename Kind, int kBlocks>
 void Rows(const Product& p, int64_t block) {
+  const int64_t rows = p.rows * Kind::kParts;
   int64_t row = 0;
-  for (; row + 8 <= p.rows; row += 8) Tile<Kind, 8, kBlocks>(p, row, block);
-  if (row + 4 <= p.rows) {
+  for (; row + 8 <= rows; row += 8) Tile<Kind, 8, kBlocks>(p, row, block);
+  if (row + 4 <= rows) {
     Tile<Kind, 4, kBlocks>(p, row, block);
     row += 4;
   }
-  switch (p.rows - row) {
-    case 3: return Tile<Kind, 3, kBlocks>(p, row, block);
-    case 2: return Tile<Kind, 2, kBlocks>(p, row, block);
-    case 1: return Tile<Kind, 1, kBlocks>(p, row, block);
+  if (row + 2 <= rows) {
+    Tile<Kind, 2, kBlocks>(p, row, block);
+    row += 2;
+  }
+  if constexpr (Kind::kParts == 1) {
+    if (row < rows) Tile<Kind, 1, kBlocks>(p, row, block);
+  }
+}
+
+// One row, for which the kernel is as quick as memory: each sum waits for the one before it, so there
+// are more of them at once.
+template <typename Kind>
+void Row(const Product& p) {
+  constexpr int kRows = Kind::kParts;
+  int64_t block = 0;
+  for (; block + 8 <= p.blocks; block += 8) Tile<Kind, kRows, 8>(p, 0, block);
+  if (block + 4 <= p.blocks) {
+    Tile<Kind, kRows, 4>(p, 0, block);
+    block += 4;
+  }
+  switch (p.blocks - block) {
+    case 3: return Tile<Kind, kRows, 3>(p, 0, block);
+    case 2: return Tile<Kind, kRows, 2>(p, 0, block);
+    case 1: return Tile<Kind, kRows, 1>(p, 0, block);
   }
 }
 
 template <typename Kind>
-void MultiplyBlocks(const Product& p, int64_t first, int64_t last) {
-  int64_t block = first;
-  if (p.rows == 1) {  // each sum waits for the one before it: more of them at once
-    for (; block + 8 <= last; block += 8) Tile<Kind, 1, 8>(p, 0, block);
-    if (block + 4 <= last) {
-      Tile<Kind, 1, 4>(p, 0, block);
-      block += 4;
-    }
-    if (block + 3 == last) return Tile<Kind, 1, 3>(p, 0, block);
-  }
-  for (; block + 2 <= last; block += 2) Rows<Kind, 2>(p, block);
-  if (block < last) Rows<Kind, 1>(p, block);
+void Multiply(const Product& p) {
+  if (p.rows == 1) return Row<Kind>(p);
+  int64_t block = 0;
+  for (; block + 2 <= p.blocks; block += 2) Rows<Kind, 2>(p, block);
+  if (block < p.blocks) Rows<Kind, 1>(p, block);
 }
 
 }  // namespace
 
-Kernels Avx512Kernels() { return {MultiplyBlocks<Bf16>, MultiplyBlocks<Int8>, QuantiseAny}; }
+const Kernel kAvx512 = {Multiply<Bf16>, Multiply<Int8>, Normalise, Activate, Quantise};
 
 }  // namespace octavo

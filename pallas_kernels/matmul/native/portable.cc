@@ -5,49 +5,47 @@
 
 #include "bfloat16.h"
 #include "product.h"
-#include "quantise.h"
-#include "rounding.h"
+#include "rows.inc"
+#include "store.h"
 
 namespace octavo {
 namespace {
 
-struct Bf16 {
-  using Sum = float;
-  static float Multiply(uint32_t x, uint32_t w) {
-    const auto low = [](uint32_t pair) { return Widened(static_cast<uint16_t>(pair)); };
-    return low(x) * low(w) + low(x >> 16) * low(w >> 16);
-  }
-};
-
-struct Int8 {
-  using Sum = int32_t;
-  static int32_t Multiply(uint32_t x, uint32_t w) {
-    int8_t of_x[4], of_w[4];
-    memcpy(of_x, &x, sizeof x);
-    memcpy(of_w, &w, sizeof w);
-    return of_x[0] * of_w[0] + of_x[1] * of_w[1] + of_x[2] * of_w[2] + of_x[3] * of_w[3];
-  }
-};
-
-template <typename Kind>
-void MultiplyBlocks(const Product& p, int64_t first, int64_t last) {
-  for (int64_t block = first; block < last; ++block) {
+void Multiply(const Product& p) {
+  const auto low = [](uint32_t pair) { return Widened(static_cast<uint16_t>(pair)); };
+  for (int64_t block = 0; block < p.blocks; ++block) {
     for (int64_t row = 0; row < p.rows; ++row) {
-      typename Kind::Sum sums[kColumns] = {};
+      float sums[kColumns] = {};
       const uint32_t* x = p.x + row * p.words;
       const uint32_t* w = p.w + block * kColumns * p.words;
       for (int64_t k = 0; k < p.words; ++k, w += kColumns) {
-        for (int n = 0; n < kColumns; ++n) sums[n] += Kind::Multiply(x[k], w[n]);
+        float even = low(x[k]);
+        float odd = low(x[k] >> 16);
+        for (int n = 0; n < kColumns; ++n) sums[n] += even * low(w[n]) + odd * low(w[n] >> 16);
       }
       StoreBlock(p, row, block, sums);
     }
   }
 }
 
+void MultiplyInt8(const Product& p) {
+  for (int64_t block = 0; block < p.blocks; ++block) {
+    for (int64_t row = 0; row < p.rows; ++row) {
+      int32_t sums[2][kColumns] = {};
+      for (int part = 0; part < 2; ++part) {
+        const auto* x = reinterpret_cast<const int8_t*>(p.x + (2 * row + part) * p.words);
+        const auto* w = reinterpret_cast<const int8_t*>(p.w + block * kColumns * p.words);
+        for (int64_t k = 0; k < 4 * p.words; k += 4, w += 4 * kColumns) {
+          for (int n = 0; n < 4 * kColumns; ++n) sums[part][n / 4] += x[k + n % 4] * w[n];
+        }
+      }
+      StoreBlock(p, row, block, sums[0], sums[1]);
+    }
+  }
+}
+
 }  // namespace
 
-Kernels PortableKernels() {
-  return {MultiplyBlocks<Bf16>, MultiplyBlocks<Int8>, QuantiseAny};
-}
+const Kernel kPortable = {Multiply, MultiplyInt8, Normalise, Activate, Quantise};
 
 }  // namespace octavo
