@@ -345,6 +345,60 @@ def products(
 
 
 @app.command
+def host(
+    *,
+    config: Annotated[Path, Parameter(name=["--config", "-c"])] = Path(
+        "configs/smollm2-135m-cpu.yaml"
+    ),
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    workload: str = "decode16",
+    rounds: int = 5,
+    output: Path = RESULTS,
+) -> int:
+    """Measure the host's part of a step through the engine, and trace whether the device waits.
+
+    Args:
+      config: of the engine, on a CPU.
+      set_: KEY=VALUE, overrides a key of the config.
+      workload: a named one.
+      rounds: timed ones, after one that doesn't count; another is traced.
+      output: folder for the JSON.
+    """
+    from benchmarks import host as benchmark
+
+    return benchmark.run(config, tuple(set_ or ()), workload, rounds=rounds, folder=output)
+
+
+@app.command
+def buckets(
+    *sets: str,
+    config: Annotated[Path, Parameter(name=["--config", "-c"])] = Path(
+        "configs/smollm2-135m-cpu.yaml"
+    ),
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    workload: str = "mixed64",
+    timed: bool = True,
+    output: Path = RESULTS,
+) -> int:
+    """What sets of buckets pad on a workload, and what their programs take to compile and find.
+
+    Args:
+      sets: beside the config's own, such as 1,4,16,64/128,512/16,64: sequences of decode buckets,
+        tokens and sequences of prefill buckets.
+      config: of the engine.
+      set_: KEY=VALUE, overrides a key of the config.
+      workload: a named one.
+      timed: compile each set, and time each shape. Without, it is the scheduler alone.
+      output: folder for the JSON.
+    """
+    from benchmarks import buckets as benchmark
+
+    return benchmark.run(
+        config, tuple(set_ or ()), sets=sets, workload=workload, timed=timed, folder=output
+    )
+
+
+@app.command
 def quality(
     *,
     config: Annotated[Path, Parameter(name=["--config", "-c"])] = Path(

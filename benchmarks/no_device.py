@@ -11,6 +11,7 @@ from typing import Any
 from engine.config import Config, ConfigError, resolve_source
 from engine.core.batching import Batch
 from engine.loading import LoadedEngine, make_limits, runner_shape
+from engine.start_up import StartUp
 from engine.text import Tokenizer
 from engine.text.grammars import Grammars
 from engine.types import StepPlan, StepTokens
@@ -87,6 +88,7 @@ def load(config: Config, seconds: float) -> LoadedEngine:
         tokenizer=tokenizer,
         eos_token_ids=ends,
         grammars=Grammars(tokenizer, architecture.vocab_size, ends),
+        start_up=StartUp(),
         weights_fingerprint=checkpoint.fingerprint,
         limits=limits,
         runner=runner,

@@ -152,7 +152,7 @@ class _Stacks:
     def multiply(self, x: jax.Array, stacks: Sequence[jax.Array], layer: jax.Array) -> Any:
         dtype = jnp.dtype(jnp.float32 if self._product.is_table else jnp.bfloat16)
         if self._instructions:
-            return tuple(cpu.matmul(x, stacks, layer, dtype, self._instructions))
+            return tuple(cpu.matmul(x, stacks, layer, dtype, instructions=self._instructions))
         return mm.matmul(x, stacks, layer, backend=self._backend, dtype=dtype)
 
     def contestant(self, x: jax.Array) -> Looped:

@@ -34,6 +34,7 @@ from engine.runtime.kv_events import follow_cache
 from engine.runtime.loop import EngineLoop
 from engine.runtime.news import News, Rejected
 from engine.sampling import InvalidRequest, SamplingParams
+from engine.start_up import StartUp
 from engine.stats import EngineStats, ModelInfo, read_stats
 from engine.streams import Delta, ReaderTooSlow, Stream, Usage
 from engine.types import Domain, FinishReason, QueueFull, Request, StepOutput
@@ -315,6 +316,11 @@ class Engine:
             eos_token_ids=loaded.eos_token_ids,
             weights_fingerprint=loaded.weights_fingerprint,
         )
+
+    @property
+    def start_up(self) -> StartUp:
+        """What loading spent its time on."""
+        return self._loaded.start_up
 
     def stats(self) -> EngineStats:
         """Where the engine stands."""

@@ -38,11 +38,15 @@ from engine.model.sampler import MAX_STOP_IDS
 from engine.runtime import compiles
 from engine.runtime.disk_tier import DiskTier
 from engine.runtime.measure import measure
-from engine.runtime.mesh import make_mesh, weight_shardings
+from engine.runtime.mesh import kv_scales_sharding, make_mesh, weight_shardings
+from engine.runtime.programs import Programs
 from engine.runtime.runner import Runner, RunnerShape
+from engine.runtime.step import Step
 from engine.runtime.tiers import open_disk_tier
 from engine.sampling import MAX_STOP_TOKENS
+from engine.start_up import StartUp
 from engine.text import Grammars, Tokenizer
+from engine.trimming import find_trim
 from engine.weights import Checkpoint, load_params, open_checkpoint, with_kv_copies
 from engine.weights.kv_scales import load_scales, scales_fingerprint
 
@@ -58,7 +62,8 @@ class LoadedEngine:
     """Everything an engine needs.
 
     `architecture` is the model's own: the runner's has each KV head as often as chips hold it.
-    `attention` and `products` say which kernels run, and why where that may surprise.
+    `attention` and `products` say which kernels run, and why where that may surprise; `start_up`
+    says where the time went.
     """
 
     config: Config
@@ -73,6 +78,7 @@ class LoadedEngine:
     runner: Runner
     compiles_after_warmup: Callable[[], int]
     grammars: Grammars
+    start_up: StartUp
     disk: DiskTier | None = None
 
 
@@ -84,18 +90,19 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
       WeightsError: the model's files are missing or broken.
     """
     show = progress or (lambda what, done, total: None)
+    start_up, from_cache, compiled = StartUp(), compiles.cache_counter(), compiles.counter()
+    start_up.begin("model's files")
     use_compile_cache(config.compile_cache)
     checkpoint = open_checkpoint(resolve_source(config))
-    arch = checkpoint.architecture
+    arch, fingerprint = checkpoint.architecture, checkpoint.fingerprint
     _check_architecture(config, arch)
     tokenizer = tokenizer_of(checkpoint)
     eos_token_ids = eos_token_ids_of(checkpoint, tokenizer)
+    start_up.begin("devices and kernels")
     resolved = resolve_attention(config)
     scales = load_scales(config, arch)
     _check_host_memory(config)
-    limits = make_limits(
-        config, arch, checkpoint.fingerprint, backend=resolved.backend, scales=scales
-    )
+    limits = make_limits(config, arch, fingerprint, backend=resolved.backend, scales=scales)
     mesh = make_mesh(config.mesh, arch)
     check_attention(config, arch, resolved.backend)
     copies = kv_copies(arch, config.mesh.tensor)
@@ -105,26 +112,38 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     products = Products(multiplied.backend, config.model.quantization)
     model = abstract_decoder(held, jnp.dtype(config.model.dtype), products)
     shape = runner_shape(config, limits)
-    smaller = "raise mesh.tensor or set model.dtype to bfloat16 or model.quantization to int8"
-    with enough_memory("the weights don't fit", smaller):
-        weights = read_weights(checkpoint, model, mesh, functools.partial(show, "Loading weights"))
     attention = Attention(resolved.backend, mesh)
     if scales is not None:
         scales = np.repeat(scales, copies, axis=-1)
-    smaller_cache = "cache.memory or cache.num_blocks (`octavo plan` shows what fits)"
-    with enough_memory(
-        f"the cache of {limits.num_blocks} blocks of {limits.block_size} tokens doesn't fit beside "
-        "the weights",
-        f"lower {smaller_cache}",
-    ):
-        runner = Runner(model, weights, mesh, attention, shape, scales)
-    # A TPU's compiler already refuses a program that won't fit; a GPU's fails when it runs.
-    with enough_memory(
-        "what a step computes doesn't fit beside the weights and the cache",
-        f"lower scheduler.max_step_tokens or scheduler.max_num_seqs, or {smaller_cache}",
-    ):
-        runner.warm_up(functools.partial(show, "Compiling"))
+    with Programs(abstract_step(model, mesh, attention, shape, scales)) as programs:
+        programs.begin(shape.buckets)
+        start_up.begin("weights")
+        smaller = "raise mesh.tensor or set model.dtype to bfloat16 or model.quantization to int8"
+        with enough_memory("the weights don't fit", smaller):
+            weights = read_weights(
+                checkpoint, model, mesh, functools.partial(show, "Loading weights")
+            )
+        form = checkpoint.format
+        del checkpoint  # what was read of its files counts as this process's memory until then
+        start_up.begin("cache")
+        smaller_cache = "cache.memory or cache.num_blocks (`octavo plan` shows what fits)"
+        with enough_memory(
+            f"the cache of {limits.num_blocks} blocks of {limits.block_size} tokens doesn't fit "
+            "beside the weights",
+            f"lower {smaller_cache}",
+        ):
+            runner = Runner(model, weights, mesh, attention, shape, scales, programs)
+        start_up.begin("compiling and warming up")
+        # A TPU's compiler already refuses what won't fit; a GPU's program fails when it runs.
+        with enough_memory(
+            "what a step computes doesn't fit beside the weights and the cache",
+            f"lower scheduler.max_step_tokens or scheduler.max_num_seqs, or {smaller_cache}",
+        ):
+            runner.warm_up(functools.partial(show, "Compiling"))
+    if (trim := find_trim()) is not None:
+        trim(0)
     if runner.host is not None and config.cache.swap == "auto":
+        start_up.begin("measuring swaps")
         costs = measure(runner, limits)
         limits = costs.apply(limits)
         block_bytes = runner.host.block_bytes
@@ -134,10 +153,12 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
                 "computing a block is always quicker than bringing it back, so the host tier stays "
                 "empty; leave cache.host_memory out"
             )
+    start_up.end()
+    start_up.programs = (compiled(), from_cache())
     log.info(
         "%s: attention %s (%s), products %s (%s) on %s, weights in %s, "
         "%d blocks of %d tokens in %s, buckets %s",
-        checkpoint.format,
+        form,
         *resolved[:2],
         *multiplied[:2],
         device_kind(),
@@ -155,13 +176,30 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
         products=describe(multiplied, config.matmul.backend),
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
-        weights_fingerprint=checkpoint.fingerprint,
+        weights_fingerprint=fingerprint,
         limits=limits,
         runner=runner,
         compiles_after_warmup=compiles.counter(),
         grammars=Grammars(tokenizer, arch.vocab_size, eos_token_ids),
+        start_up=start_up,
         disk=disk,
     )
+
+
+def abstract_step(
+    model: Decoder, mesh: Mesh, attention: Attention, shape: RunnerShape, scales: np.ndarray | None
+) -> Step:
+    """What the runner will run, from shapes alone, so that it is compiled while weights are read.
+
+    Args:
+      model, mesh, attention, shape: as the runner takes them.
+      scales: float32 [L, 2, K] of an 8-bit pool, or None.
+    """
+    weights = model.products.packed(weight_shardings(model, mesh))
+    placed = None
+    if scales is not None:
+        placed = jax.ShapeDtypeStruct(scales.shape, scales.dtype, sharding=kv_scales_sharding(mesh))
+    return Step(model, weights, mesh, attention, shape, placed)
 
 
 def read_weights(

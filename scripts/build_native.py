@@ -34,6 +34,7 @@ AVX512 = (
     *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni"),
     "-mprefer-vector-width=512",
 )
+AMX = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
 # The C++ library is the system's own, which jaxlib needs too. Linked statically, Debian 12's would
 # need glibc 2.35; without it glibc 2.32 does, and libstdc++ with GLIBCXX_3.4.29, which is GCC 11's.
 LINK = ("-shared", "-Wl,--no-undefined")
@@ -44,8 +45,10 @@ ATTENTION = Path("pallas_kernels/paged_attention/native")
 # the fewest instructions.
 SOURCES: dict[Path, Sequence[str]] = {
     Path("pallas_kernels/native/processor.cc"): (),
+    Path("pallas_kernels/native/zeros.cc"): (),
     MATMUL / "matmul.cc": (),
     MATMUL / "feed_forward.cc": (),
+    MATMUL / "scores.cc": (),
     MATMUL / "portable.cc": (),
     ATTENTION / "attention.cc": (),
     ATTENTION / "portable.cc": (),
@@ -53,7 +56,8 @@ SOURCES: dict[Path, Sequence[str]] = {
     ATTENTION / "avx2.cc": AVX2,
     MATMUL / "avx512.cc": AVX512,
     ATTENTION / "avx512.cc": AVX512,
-    MATMUL / "amx.cc": (*AVX512, "-mamx-tile", "-mamx-bf16", "-mamx-int8"),
+    MATMUL / "amx.cc": (*AVX512, *AMX),
+    ATTENTION / "amx.cc": (*AVX512, *AMX),
 }
 
 

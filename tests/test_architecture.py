@@ -39,7 +39,9 @@ MAY_IMPORT: dict[str, set[str]] = {
     "model": {"types", "config", "core", "weights"},
     "runtime": BELOW_SERVE - {"text"},
     "backends": {"config", "memory_plan", "model"},
-    "loading": BELOW_SERVE | {"backends"},  # from a config to a warm runner
+    "start_up": set(),
+    "trimming": set(),
+    "loading": BELOW_SERVE | {"backends", "start_up", "trimming"},  # from a config to a warm runner
     "public_prefixes": {"types", "config", "runtime", "text"},
     "replay_tables": {"types", "core", "runtime"},
     "resolve": {"types", "config", "core", "text"},
@@ -54,7 +56,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "reload": BELOW_SERVE | {"loading"},
     "frontend": BELOW_SERVE
     | {"domain_usage", "life", "loading", "observe", "preparing", "public_prefixes", "reload"}
-    | {"resolve", "stats", "streams"},
+    | {"resolve", "start_up", "stats", "streams"},
     "llm": BELOW_SERVE | {"config_file", "loading", "frontend", "streams"},
     "generate": {"types", "llm"},
     "calibrate": BELOW_SERVE | {"backends", "loading", "resolve", "llm", "generate"},
@@ -71,7 +73,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     # __init__ holds the version.
     "serve": BELOW_SERVE
     | {"dashboard", "domain_usage", "event_loop", "life", "loading", "frontend", "observe"}
-    | {"pem", "resolve", "rpc", "__init__"},
+    | {"pem", "resolve", "rpc", "start_up", "trimming", "__init__"},
     # The wire's translation to and from our types is one file for both ends.
     "client": {"types", "rpc", "credentials", "serve.convert", "unreachable"},
     "operate": {"client", "connect_options"},
@@ -251,11 +253,11 @@ def test_the_path_from_request_to_token_reads_in_an_hour() -> None:
     # swapping, what may stay in the cache and for whom, sharing that can't be observed, beams,
     # shapes that are chosen at the start, what is only looked at, and an exchange of the weights;
     # and the checks of what a client asks for, also in engine/sampling.py. Of the model,
-    # log-probabilities of prompts, and how products reach their kernels.
+    # log-probabilities of prompts, how products reach their kernels, and an empty pool.
     beside = ("contiguous.py", "host_tier.py", "restoring.py", "forecast.py", "costs.py")
     beside += ("retention.py", "expiries.py", "public.py", "upkeep.py", "merging.py", "beams.py")
     beside += ("buckets.py", "inspection.py", "admission.py", "picture.py", "reloading.py")
-    beside += ("journal.py", "prompt_logprobs.py", "products.py")
+    beside += ("journal.py", "prompt_logprobs.py", "products.py", "empty_pool.py")
     path = [file for file in path if file.name not in beside]
     path += [ROOT / "engine" / "runtime" / name for name in ("runner.py", "step.py")]
     assert sum(len(file.read_text().splitlines()) for file in path) < MAX_LINES_REQUEST_TO_TOKEN

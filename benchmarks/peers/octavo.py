@@ -1,7 +1,8 @@
 """The runner of Octavo: an engine in this process, or a server in it that is read over gRPC.
 
 Deltas carry text as users get it. Each round has a cache salt of its own, so that it finds no
-blocks but those that it made itself.
+blocks but those that it made itself, and what it left is flushed when it is over: as the peers'
+caches are, so that memory counts what a round needs.
 """
 
 from __future__ import annotations
@@ -10,11 +11,14 @@ import asyncio
 import contextlib
 import secrets
 import time
-from collections.abc import AsyncIterator, Callable, Collection
+from collections.abc import AsyncIterator, Awaitable, Callable, Collection
 
 from benchmarks.peers.protocol import Answer, Request, Round, channel, parser
 
 Streams = Callable[[Request, str], AsyncIterator[tuple[Collection[int], str, int, int]]]
+Flush = Callable[[str], Awaitable[object]]
+
+_LAST = Request([0], 1)  # its step comes after what a flush erases
 
 
 def main() -> None:
@@ -41,7 +45,7 @@ def main() -> None:
             def run(requests: list[Request]) -> Round:
                 with asyncio.Runner(loop_factory=new_event_loop) as runner:
                     if address is None:
-                        return runner.run(_run(requests, _in_process(engine, share)))
+                        return runner.run(_run(requests, *_in_process(engine, share)))
                     return runner.run(_over_grpc(address, requests, share))
 
             line.serve(f"Octavo {__version__}", run)
@@ -64,7 +68,7 @@ def _served(engine):
             on_loop(server.stop())
 
 
-def _in_process(engine, share: bool) -> Streams:
+def _in_process(engine, share: bool) -> tuple[Streams, Flush]:
     from engine.types import Domain
 
     async def streams(request: Request, salt: str):
@@ -74,7 +78,7 @@ def _in_process(engine, share: bool) -> Streams:
             usage = delta.usage
             yield delta.token_ids, delta.text, usage.prompt_tokens, usage.cached_tokens
 
-    return streams
+    return streams, lambda salt: engine.flush(Domain(salt=salt))
 
 
 async def _over_grpc(address: str, requests: list[Request], share: bool) -> Round:
@@ -89,7 +93,7 @@ async def _over_grpc(address: str, requests: list[Request], share: bool) -> Roun
             ):
                 yield delta.token_ids, delta.text, delta.prompt_tokens, delta.cached_tokens
 
-        return await _run(requests, streams)
+        return await _run(requests, streams, client.flush)
 
 
 def _sampling(request: Request):
@@ -98,7 +102,7 @@ def _sampling(request: Request):
     return SamplingParams(max_tokens=request.max_tokens, temperature=0.0, ignore_eos=True)
 
 
-async def _run(requests: list[Request], streams: Streams) -> Round:
+async def _run(requests: list[Request], streams: Streams, flush: Flush) -> Round:
     salt = f"compare-{secrets.token_hex(8)}"
     begin = time.perf_counter()
 
@@ -117,7 +121,11 @@ async def _run(requests: list[Request], streams: Streams) -> Round:
         return answer
 
     answers = await asyncio.gather(*map(one, requests))
-    return Round(time.perf_counter() - begin, list(answers))
+    seconds = time.perf_counter() - begin
+    await flush(salt)
+    await one(_LAST)
+    await flush(salt)
+    return Round(seconds, list(answers))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ def bucket_set(
     """Every shape that a step can take, the cheapest first.
 
     A decode bucket has as many tokens as sequences, and its program may count on one token a
-    row. A prefill bucket has more tokens than sequences.
+    row. A prefill bucket has more tokens than sequences: of the sizes asked for, those that do.
 
     Args:
       buckets: sizes as configured; where it is empty, powers of four up to the limits.
@@ -34,10 +34,10 @@ def bucket_set(
     prefill_seqs = buckets.prefill_seqs or _powers_of_four(16, max_seqs)
     decode = {Bucket(seqs, seqs, num_blocks) for seqs in decode_seqs}
     prefill = {
-        Bucket(tokens, min(seqs, tokens - 1), num_blocks)
+        Bucket(tokens, seqs, num_blocks)
         for tokens in prefill_tokens
         for seqs in prefill_seqs
-        if tokens > 1
+        if tokens > seqs
     }
     # A step of single tokens fits the largest decode bucket, as decode_seqs ends at
     # max_num_seqs. Any other fits this one, which has a token more than sequences, lest it be a

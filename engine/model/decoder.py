@@ -184,12 +184,12 @@ class Decoder(nnx.Module):
         (x_TD, kv_pool), _ = jax.lax.scan(run_layer, (x_TD, kv_pool), layers)
         return self.final_norm(x_TD), kv_pool
 
-    def logits(self, x_SD: jax.Array) -> jax.Array:
-        """Scores over the vocabulary, float32[S, V]."""
-        if self.lm_head is None:
-            return self.products.scores(x_SD, held(self.embed.weight, self.embed.weight_scale))
-        stack = jax.tree.map(lambda part: part[None], self.lm_head.matrix)
-        return self.products(x_SD, [stack], 0, dtype=jnp.float32)[0]
+    def logits(self, x_SD: jax.Array) -> tuple[jax.Array, jax.Array]:
+        """Scores over the vocabulary, float32[S, V], and the best token of each row, int32[S]."""
+        if self.lm_head is not None:
+            return self.products.scores(x_SD, self.lm_head.matrix, is_table=False)
+        table = held(self.embed.weight, self.embed.weight_scale)
+        return self.products.scores(x_SD, table, is_table=True)
 
 
 def abstract_decoder(arch: Architecture, dtype: Any, products: Products = BY_XLA) -> Decoder:

@@ -96,9 +96,11 @@ class Products:
         """See `pallas_kernels.matmul.embed`."""
         return mm.embed(table, token_ids, self.backend)
 
-    def scores(self, x_MD: jax.Array, table: Held) -> jax.Array:
+    def scores(
+        self, x_MD: jax.Array, weights: Held, *, is_table: bool
+    ) -> tuple[jax.Array, jax.Array]:
         """See `pallas_kernels.matmul.scores`."""
-        return mm.scores(x_MD, table, self.backend)
+        return mm.scores(x_MD, weights, self.backend, is_table=is_table)
 
     def hold(self, matrix: jax.Array, axis: int = -2) -> tuple[jax.Array, jax.Array | None]:
         """A new matrix before it is packed, and its scales if it is to be in int8.

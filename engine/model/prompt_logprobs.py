@@ -35,7 +35,7 @@ def prompt_logprobs(model: Decoder, hidden_TD: jax.Array, batch: Batch) -> Promp
         start = step * rows
         index = jax.lax.dynamic_slice_in_dim(indices, start, rows)
         target = jax.lax.dynamic_slice_in_dim(targets, start, rows)
-        new = sampler.token_logprobs(model.logits(hidden_TD[index]), target)
+        new = sampler.token_logprobs(model.logits(hidden_TD[index])[0], target)
         return tuple(
             jax.lax.dynamic_update_slice_in_dim(array, part, start, 0)
             for array, part in zip(out, new, strict=True)

@@ -1,6 +1,6 @@
 """From logits to tokens, on the device, row by row.
 
-Every row gets an argmax. Only *special* rows get more: a loop whose trip count is their
+Every row has its best token already. Only *special* rows get more: a loop whose trip count is their
 number edits logits, filters and draws, so a row that asks for nothing pays for nothing, and
 nobody pays for a sort over the vocabulary: thresholds are found by bisection instead.
 """
@@ -74,6 +74,7 @@ def set_slot(state: SamplerState, slot: jax.Array, row: SlotState) -> SamplerSta
 
 def sample(
     logits_SV: jax.Array,
+    best: jax.Array,
     slots: jax.Array,
     samples: jax.Array,
     batch: SamplingBatch,
@@ -84,6 +85,7 @@ def sample(
 
     Args:
       logits_SV: float32[S, V].
+      best: int32[S], each row's best token, which plain rows take.
       slots: int32[S].
       samples: bool[S]; other rows' tokens are not remembered.
       batch: how each row chooses.
@@ -95,7 +97,7 @@ def sample(
     """
     num_seqs = logits_SV.shape[0]
     result = Sampled(
-        token_ids=_best(logits_SV),
+        token_ids=best,
         logprobs=jnp.zeros(num_seqs, jnp.float32),
         top_ids=jnp.zeros((num_seqs, MAX_LOGPROBS), jnp.int32),
         top_logprobs=jnp.zeros((num_seqs, MAX_LOGPROBS), jnp.float32),
@@ -140,16 +142,6 @@ def sample(
         result,
     )
     return result, _remember(state, slots, samples, result.token_ids)
-
-
-def _best(logits_SV: jax.Array) -> jax.Array:
-    """The first of each row's highest logits, int32[S]; any token where one is NaN.
-
-    Of `jnp.argmax`, XLA's CPU compares pairs of value and index one by one: four times as long.
-    """
-    is_best = logits_SV == jnp.max(logits_SV, axis=1, keepdims=True)
-    indices = jax.lax.broadcasted_iota(jnp.int32, logits_SV.shape, 1)
-    return jnp.min(jnp.where(is_best, indices, logits_SV.shape[1] - 1), axis=1)
 
 
 def token_logprobs(logits: jax.Array, targets: jax.Array) -> tuple[jax.Array, jax.Array, jax.Array]:

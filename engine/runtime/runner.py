@@ -9,7 +9,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
 
@@ -20,11 +19,13 @@ from engine.core.buckets import Bucket
 from engine.model import sampler
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder
+from engine.model.empty_pool import empty_kv_pool
 from engine.model.prompt_logprobs import PromptLogprobs
 from engine.runtime import logprobs
 from engine.runtime.block_copies import BlockCopier, BlockEraser
 from engine.runtime.host_pool import Contents, HostPool, Outgoing
 from engine.runtime.mesh import kv_scales_sharding, replicated
+from engine.runtime.programs import Programs
 from engine.runtime.slots import slot_state
 from engine.runtime.step import RunnerShape, Step
 from engine.types import PlanRow, StepPlan, StepTokens, SwapIn
@@ -43,6 +44,7 @@ class Launched:
         plan: StepPlan,
         batch: Batch,
         logits: jax.Array,
+        best: jax.Array,
         of_prompt: PromptLogprobs,
         outgoing: Outgoing | None,
     ):
@@ -51,6 +53,7 @@ class Launched:
         self.masks: np.ndarray | None = None
         self.batch = batch
         self.logits: jax.Array | None = logits
+        self.best = best
         self.sampled: sampler.Sampled | None = None
         self._of_prompt = of_prompt
 
@@ -82,6 +85,7 @@ class Runner:
         attention: Attention,
         shape: RunnerShape,
         kv_scales: np.ndarray | None = None,
+        programs: Programs | None = None,
     ):
         """
         Args:
@@ -90,6 +94,7 @@ class Runner:
           mesh, attention: where and how.
           shape: the sizes.
           kv_scales: float32 [L, 2, K], what keys and values of an 8-bit pool are divided by.
+          programs: of the same step, which some may have been compiled of.
         """
         self.model = model
         self.arch: Architecture = model.arch
@@ -100,16 +105,16 @@ class Runner:
         self._kv_scales = (
             None if kv_scales is None else jax.device_put(kv_scales, kv_scales_sharding(mesh))
         )
-        self._step = Step(model, weights, mesh, attention, shape, self._kv_scales)
+        if programs is None:
+            programs = Programs(Step(model, weights, mesh, attention, shape, self._kv_scales))
+        self._programs, self._step = programs, programs.step
         self._forward: dict[Bucket, jax.stages.Compiled] = {}
         self._choose: dict[int, jax.stages.Compiled] = {}
         self._no_masks: dict[int, jax.Array] = {}
         self._set_slot = jax.jit(sampler.set_slot, donate_argnums=0, out_shardings=replicated(mesh))
         # Kept, so that a reset after a failure compiles nothing.
         pool = self._step.kv_pool
-        self._make_kv_pool = jax.jit(
-            lambda: jnp.zeros(pool.shape, pool.dtype), out_shardings=pool.sharding
-        )
+        self._make_kv_pool = jax.jit(lambda: empty_kv_pool(pool), out_shardings=pool.sharding)
         self._copy_blocks = BlockCopier(pool, self.arch.num_layers, shape.max_num_seqs)
         self._erase_blocks = BlockEraser(pool, self.arch.num_layers)
         self._make_state = jax.jit(
@@ -120,11 +125,6 @@ class Runner:
             HostPool(pool, self.arch.num_layers, shape.host_blocks) if shape.host_blocks else None
         )
         self.reset()
-
-    @property
-    def kv_pool_shape(self) -> tuple[int, ...]:
-        """Of the whole pool, over all devices."""
-        return self._step.kv_pool.shape
 
     @property
     def kv_pool(self) -> jax.Array:
@@ -148,11 +148,11 @@ class Runner:
         """The decoder's program of one bucket; it and the sampler's are compiled now and kept."""
         num_seqs = bucket.num_seqs
         if num_seqs not in self._choose:
-            self._choose[num_seqs] = self._step.lower_choose(num_seqs).compile()
+            self._choose[num_seqs] = self._programs.choose(num_seqs)
             masks = batching.masks(num_seqs, self.arch.vocab_size)
             self._no_masks[num_seqs] = jax.device_put(masks, replicated(self.mesh))
         if bucket not in self._forward:
-            self._forward[bucket] = self._step.lower_forward(bucket).compile()
+            self._forward[bucket] = self._programs.forward(bucket)
         return self._forward[bucket]
 
     def warm_up(self, progress: Callable[[int, int], None] | None = None) -> None:
@@ -184,10 +184,10 @@ class Runner:
             if row.history is not None and row.request.sampling.edits_logits:
                 self._prepare_slot(row)
         assert self._state is not None
-        logits, of_prompt, self._kv_pool = self._forward[batching.bucket_of(batch)](
+        logits, best, of_prompt, self._kv_pool = self._forward[batching.bucket_of(batch)](
             self.weights, self._kv_pool, self._state.recent, batch, self._kv_scales
         )
-        launched = Launched(plan, batch, logits, of_prompt, outgoing)
+        launched = Launched(plan, batch, logits, best, of_prompt, outgoing)
         if batch.sampling.constrained.any():
             launched.masks = batching.masks(batch.slots.size, self.arch.vocab_size)
         else:
@@ -200,6 +200,7 @@ class Runner:
         num_seqs = batch.slots.size
         launched.sampled, self._state = self._choose[num_seqs](
             launched.logits,
+            launched.best,
             batch.slots,
             batch.samples,
             batch.sampling,

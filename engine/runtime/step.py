@@ -98,7 +98,7 @@ class Step:
         self._forward = jax.jit(
             self._compute_logits,
             donate_argnums=1,
-            out_shardings=(self._logits_sharding, replicated(mesh), self.kv_pool.sharding),
+            out_shardings=(self._logits_sharding, *[replicated(mesh)] * 2, self.kv_pool.sharding),
         )
         self._choose = jax.jit(
             sampler.sample, donate_argnames="state", out_shardings=replicated(mesh)
@@ -108,8 +108,8 @@ class Step:
         """Trace and lower the decoder's program of one bucket.
 
         Call the compiled program with (weights, kv_pool, recent, batch, kv_scales), the third from
-        the sampler's state. It gives the logits of the rows, float32[S, V], `PromptLogprobs`, and
-        the pool in the place of the one it took.
+        the sampler's state. It gives the logits of the rows, float32[S, V], their best tokens,
+        int32[S], `PromptLogprobs`, and the pool in the place of the one it took.
 
         Args:
           bucket: the batch's sizes.
@@ -131,8 +131,10 @@ class Step:
         )
         masks = batching.masks(num_seqs, self._vocab_size)
         # Or the compiler splits them as the logits are.
-        masks = jax.ShapeDtypeStruct(masks.shape, masks.dtype, sharding=self.state.recent.sharding)
-        arguments = (logits, batch.slots, batch.samples, batch.sampling, self.state, masks)
+        whole = self.state.recent.sharding
+        masks = jax.ShapeDtypeStruct(masks.shape, masks.dtype, sharding=whole)
+        best = jax.ShapeDtypeStruct((num_seqs,), jnp.int32, sharding=whole)
+        arguments = (logits, best, batch.slots, batch.samples, batch.sampling, self.state, masks)
         traced = self._choose.trace(*arguments)
         return traced.lower(lowering_platforms=(platform,) if platform else None)
 
@@ -153,8 +155,8 @@ class Step:
             batch.block_tables,
         )
         hidden_TD, kv_pool = model(token_ids, kv_pool, ragged, self._attention, kv_scales)
-        logits_SV = model.logits(hidden_TD[batch.logits_tokens])
-        return logits_SV, prompt_logprobs(model, hidden_TD, batch), kv_pool
+        logits_SV, best_S = model.logits(hidden_TD[batch.logits_tokens])
+        return logits_SV, best_S, prompt_logprobs(model, hidden_TD, batch), kv_pool
 
 
 def _abstract(array: jax.Array | jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:

@@ -22,8 +22,9 @@ from engine.config import Config, ConfigError, resolve_server
 from engine.event_loop import new_event_loop
 from engine.serve.server import AddressUnavailable, Server, is_loopback, join
 from engine.serve.signals import Signals, StoppedEarly, end_now
-from engine.serve.trimming import trimming
 from engine.server_config import ServerConfig
+from engine.start_up import process_age
+from engine.trimming import trimming
 
 if TYPE_CHECKING:
     from engine.frontend import Engine, ModelInfo
@@ -75,6 +76,7 @@ def run_server(
             engine = Engine.from_config(
                 config, record=record, record_tokens=record_tokens, progress=progress
             )
+            log.info(engine.start_up.describe(process_age()))
             if tracing is not None:
                 tracing.model = engine.model_info().name
                 engine.requests.listeners.append(tracing)

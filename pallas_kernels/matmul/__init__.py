@@ -1,10 +1,10 @@
 """Products of a step's rows with the weights of one layer out of a stack.
 
-``matmul`` and ``feed_forward`` are the entry points, which take what goes before and after a
-product along: a call of native code costs as much as a small operation does. Backends:
-``reference`` (the oracle, in float32), ``xla`` (any device) and ``cpu`` (native code, bfloat16, for
-x86-64: weights packed once, no thread pool but XLA's). ``pack`` gives weights the layout that a
-backend wants. With any of them, weights may be ``Quantised``, in int8.
+``matmul``, ``feed_forward`` and ``scores`` are the entry points. They take along what goes before
+and after a product, which costs as much as a product of a row where it is a call of its own.
+Backends: ``reference`` (the oracle, in float32), ``xla`` (any device) and ``cpu`` (native code,
+bfloat16, for x86-64: weights packed once, no thread pool but XLA's). ``pack`` gives weights the
+layout that a backend wants. With any of them, weights may be ``Quantised``, in int8.
 
 Shapes: M rows, K depth, N columns, L layers of a stack.
 """
@@ -120,9 +120,21 @@ def embed(table: jax.Array | Quantised, token_ids: jax.Array, backend: Backend) 
     return _module(backend).embed(table, token_ids)
 
 
-def scores(x_MD: jax.Array, table: jax.Array | Quantised, backend: Backend) -> jax.Array:
-    """x times a packed table's transpose, float32[M, V]."""
-    return _module(backend).scores(x_MD, table)
+def scores(
+    x_MD: jax.Array, weights: jax.Array | Quantised, backend: Backend, *, is_table: bool
+) -> tuple[jax.Array, jax.Array]:
+    """Scores of all tokens, and each row's best token.
+
+    Args:
+      x_MD: in the weights' dtype, beside int8 in the model's.
+      weights: from `pack_table`, or else a matrix [D, V] from `pack`.
+      backend: from `resolve_backend`.
+      is_table: which of the two.
+
+    Returns:
+      float32[M, V]; and int32[M], the first of the highest, or any token where one's is NaN.
+    """
+    return _module(backend).scores(x_MD, weights, is_table)
 
 
 def matmul(

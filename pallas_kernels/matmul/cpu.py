@@ -21,6 +21,7 @@ from pallas_kernels.matmul.int8 import Quantised
 from pallas_kernels.matmul.norm import Norm
 
 COLUMNS = 16  # of a block
+BLOCKS_OF_SCORES = 16  # that a thread computes at a time
 WORD = 4  # bytes: entries of a row that are multiplied at once
 DEPTH = 16 * WORD  # bytes: K is a multiple of what a tile of AMX takes
 
@@ -60,10 +61,26 @@ def embed(table: jax.Array | Quantised, token_ids: jax.Array) -> jax.Array:
     return words.reshape(len(token_ids), -1)
 
 
-def scores(x: jax.Array, table: jax.Array | Quantised) -> jax.Array:
-    """See `pallas_kernels.matmul.scores`."""
-    stack = jax.tree.map(lambda part: part[None], table)
-    return matmul(x, [stack], jnp.int32(0), jnp.dtype(jnp.float32))[0]
+def scores(
+    x: jax.Array,
+    weights: jax.Array | Quantised,
+    is_table: bool,
+    instructions: str = native.INSTRUCTIONS[-1],
+) -> tuple[jax.Array, jax.Array]:
+    """See `pallas_kernels.matmul.scores`; `instructions` are the most that it may use."""
+    del is_table  # both are packed alike
+    stack = jax.tree.map(lambda part: part[None], weights)
+    rows, blocks = x.shape[0], _width(stack) // COLUMNS
+    chunks = -(-blocks // BLOCKS_OF_SCORES)
+    results = [
+        jax.ShapeDtypeStruct((rows, blocks * COLUMNS), jnp.float32),
+        jax.ShapeDtypeStruct((rows,), jnp.int32),
+        jax.ShapeDtypeStruct((chunks, rows), jnp.float32),  # the best of each chunk
+        jax.ShapeDtypeStruct((chunks, rows), jnp.int32),
+    ]
+    call = _call("octavo_scores", results)
+    logits, best, *_ = call(x, *_arrays(stack), most=_most(instructions))
+    return logits, best
 
 
 def matmul(

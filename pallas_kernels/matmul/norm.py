@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 
 class Norm(NamedTuple):
-    """The norms of all layers: scales [L, D], and what keeps rows of zeros from dividing by 0."""
+    """The norms of all layers; `epsilon` keeps a row of zeros from a division by zero."""
 
     scales_LD: jax.Array
     epsilon: float

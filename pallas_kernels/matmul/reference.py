@@ -17,11 +17,16 @@ from pallas_kernels.matmul.xla import embed, pack, pack_table
 __all__ = ["embed", "feed_forward", "matmul", "pack", "pack_table", "scores"]
 
 
-def scores(x: jax.Array, table: jax.Array | Quantised) -> jax.Array:
+def scores(
+    x: jax.Array, weights: jax.Array | Quantised, is_table: bool
+) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.matmul.scores`."""
-    if isinstance(table, Quantised):
-        return _product(x, Quantised(table.values.T, table.scales))
-    return _product(x, table.T)
+    if is_table and isinstance(weights, Quantised):
+        weights = Quantised(weights.values.T, weights.scales)
+    elif is_table:
+        weights = weights.T
+    logits = _product(x, weights)
+    return logits, jnp.argmax(logits, axis=1).astype(jnp.int32)
 
 
 def matmul(

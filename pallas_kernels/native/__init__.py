@@ -11,6 +11,7 @@ import platform
 import re
 from functools import cache
 from importlib.metadata import version
+from typing import Any
 
 import jax
 
@@ -19,9 +20,11 @@ from pallas_kernels.native_sources import LIBRARY
 
 INSTRUCTIONS = ("portable", "avx2", "avx512", "amx")  # as in processor.h
 TARGETS = {
-    "octavo_matmul": "OctavoMatmul",
-    "octavo_feed_forward": "OctavoFeedForward",
     "octavo_attention": "OctavoAttention",
+    "octavo_feed_forward": "OctavoFeedForward",
+    "octavo_matmul": "OctavoMatmul",
+    "octavo_scores": "OctavoScores",
+    "octavo_zeros": "OctavoZeros",
 }
 
 
@@ -63,6 +66,12 @@ def load() -> ctypes.CDLL:
         capsule = jax.ffi.pycapsule(getattr(library, symbol))
         jax.ffi.register_ffi_target(target, capsule, platform="cpu")
     return library
+
+
+def zeros(shape: tuple[int, ...], dtype: Any) -> jax.Array:
+    """`jnp.zeros` on a CPU, but only what is written later takes memory: for `jax.jit`'s result."""
+    load()
+    return jax.ffi.ffi_call("octavo_zeros", jax.ShapeDtypeStruct(shape, dtype))()
 
 
 def _numbers(version: str) -> list[int]:

@@ -2,8 +2,8 @@
 
 XLA's way gathers a context's blocks before it computes with them, and makes a dozen small
 operations of each step of the softmax. Here a step's keys and values are written and its tokens
-attend in one call, on XLA's own threads. Scores, softmax and sums are float32, and so are products:
-values are widened as they are read.
+attend in one call, on XLA's own threads. Scores, softmax and sums are float32. So are products, as
+values are widened when they are read; AMX's are of bfloat16.
 """
 
 from __future__ import annotations

@@ -292,7 +292,7 @@ def test_default_buckets_grow_fourfold_up_to_the_limits():
     )
     assert [tuple(bucket[:2]) for bucket in buckets] == [
         *[(1, 1), (4, 4), (16, 16)],
-        *[(32, 16), (32, 31), (64, 64), (128, 16), (128, 64), (512, 16), (512, 64)],
+        *[(32, 16), (64, 64), (128, 16), (128, 64), (512, 16), (512, 64)],
     ]
     assert {bucket.num_blocks for bucket in buckets} == {9}
 

@@ -220,8 +220,12 @@ def test_a_table_gives_rows_and_scores(backend: mm.Backend) -> None:
     ratios, of_rows = scaled(table, -1)
     rows = mm.embed(given, jnp.asarray(ids), backend)
     np.testing.assert_array_equal(rows, (np.rint(ratios) * of_rows)[ids])
-    y = np.asarray(mm.scores(jnp.asarray(x), given, backend))
-    check(y, x, table.T, jnp.float32, sums=backend == "reference")
+    y, best = mm.scores(jnp.asarray(x), given, backend, is_table=True)
+    check(np.asarray(y), x, table.T, jnp.float32, sums=backend == "reference")
+    np.testing.assert_array_equal(best, np.argmax(y, axis=1))
+    matrix = Quantised(mm.pack(values.T, backend), scales)
+    as_matrix, _ = mm.scores(jnp.asarray(x), matrix, backend, is_table=False)
+    np.testing.assert_array_equal(as_matrix, y)
 
 
 @needs_native

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import jax
@@ -30,25 +31,42 @@ def random(*shape: int, seed: int = 0, dtype: Any = ml_dtypes.bfloat16) -> np.nd
     return np.random.default_rng([seed, *shape]).normal(size=shape).astype(dtype)
 
 
+def of(backend: str) -> tuple[Any, dict[str, Any]]:
+    """A backend's name and options: "cpu avx2" is native code with no more than AVX2."""
+    name, _, instructions = backend.partition(" ")
+    if not instructions:
+        return name, {}
+    most = native.INSTRUCTIONS.index(instructions)
+    if most > native.INSTRUCTIONS.index(native.instructions()):
+        pytest.skip(f"this processor has no {instructions}")
+    return name, {"instructions": instructions}
+
+
+def call(name: str, backend: str, *arguments: Any) -> Any:
+    """What a backend's own function makes of them."""
+    module, options = of(backend)
+    function = getattr(importlib.import_module(f"pallas_kernels.matmul.{module}"), name)
+    arrays = [jnp.asarray(a) if isinstance(a, np.ndarray) else a for a in arguments]
+    return jax.tree.map(np.asarray, function(*arrays, **options))
+
+
+def packed(backend: str, *stacks: np.ndarray) -> list[jax.Array]:
+    return [mm.pack(jnp.asarray(stack), of(backend)[0]) for stack in stacks]
+
+
 def multiply(
     backend: str, x: np.ndarray, stacks: list[np.ndarray], layer: int, dtype: Any
 ) -> list[np.ndarray]:
-    """What a backend makes of it: "cpu avx2" is native code with no more than AVX2."""
-    given, _, instructions = backend.partition(" ")
-    name: Any = given
-    if instructions:
-        most = native.INSTRUCTIONS.index(instructions)
-        if most > native.INSTRUCTIONS.index(native.instructions()):
-            pytest.skip(f"this processor has no {instructions}")
+    """What a backend makes of it, by the op's own entry point where no instructions are named."""
+    name, options = of(backend)
 
     @jax.jit
     def run(x, layer, *stacks):
-        packed = [mm.pack(stack, name) for stack in stacks]
-        if instructions:
-            return cpu.matmul(x, packed, layer, jnp.dtype(dtype), instructions=instructions)
-        return mm.matmul(x, packed, layer, backend=name, dtype=dtype)
+        if options:
+            return cpu.matmul(x, stacks, layer, jnp.dtype(dtype), **options)
+        return mm.matmul(x, stacks, layer, backend=name, dtype=dtype)
 
-    return [np.asarray(y) for y in run(x, jnp.int32(layer), *stacks)]
+    return [np.asarray(y) for y in run(x, jnp.int32(layer), *packed(backend, *stacks))]
 
 
 def check(y: np.ndarray, x: np.ndarray, matrix: np.ndarray, dtype: Any) -> None:
@@ -100,13 +118,115 @@ def test_a_row_s_result_does_not_depend_on_how_many_there_are(instructions: str)
         assert some.tobytes() == whole[:rows].tobytes()
 
 
-@pytest.mark.parametrize("backend", ["reference", "xla", pytest.param("cpu", marks=needs_native)])
-def test_a_table_gives_rows_and_scores(backend: mm.Backend) -> None:
-    table, x = random(320, 64), random(3, 64, seed=1)
-    packed = mm.pack_table(jnp.asarray(table), backend)
-    ids = jnp.array([0, 1, 15, 16, 17, 319, 319])
-    assert np.asarray(mm.embed(packed, ids, backend)).tobytes() == table[ids].tobytes()
-    check(np.asarray(mm.scores(jnp.asarray(x), packed, backend)), x, table.T, jnp.float32)
+def exact_norm(x: np.ndarray, scale: np.ndarray, epsilon: float) -> np.ndarray:
+    size = np.sqrt(np.mean(np.square(x.astype(np.float64)), axis=1, keepdims=True) + epsilon)
+    return x / size * scale.astype(np.float64)
+
+
+def exact_feed_forward(x: np.ndarray, norm: mm.Norm, layer: int, *stacks: np.ndarray) -> np.ndarray:
+    """In float64, rounded to bfloat16 where the op says so."""
+    gate, up, down = (stack[layer].astype(np.float64) for stack in stacks)
+    scales = np.asarray(norm.scales_LD)
+    normed = exact_norm(x, scales[layer], norm.epsilon).astype(ml_dtypes.bfloat16).astype(float)
+    gated = normed @ gate
+    hidden = (gated / (1 + np.exp(-gated)) * (normed @ up)).astype(ml_dtypes.bfloat16)
+    return x + hidden.astype(np.float64) @ down
+
+
+def norm_of(layers: int, width: int) -> mm.Norm:
+    return mm.Norm(jnp.asarray(random(layers, width, seed=7)), 1e-5)
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_norm_goes_before_a_product(backend: str, rows: int) -> None:
+    """The norm rounds to bfloat16 once, up or down as float32 happens to lie."""
+    x, norm = random(rows, 96, dtype=np.float32), norm_of(3, 96)
+    stacks = [random(3, 96, columns, seed=columns) for columns in (48, 16)]
+    for layer in (0, 2):
+        found = call(
+            "matmul", backend, x, packed(backend, *stacks), jnp.int32(layer), jnp.float32, norm
+        )
+        normed = exact_norm(x, np.asarray(norm.scales_LD)[layer], norm.epsilon)
+        for y, stack in zip(found, stacks, strict=True):
+            matrix = stack[layer].astype(np.float64)
+            allowed = 1.01 * U16 * np.abs(normed) @ np.abs(matrix)
+            assert (np.abs(y - normed @ matrix) <= allowed).all()
+
+
+@pytest.mark.parametrize("rows", ROWS)
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_product_is_added_to_a_sum(backend: str, rows: int) -> None:
+    x, stack, add = random(rows, 96), random(2, 96, 144), random(rows, 144, dtype=np.float32)
+    arguments = (x, packed(backend, stack), jnp.int32(1), jnp.float32, None, add)
+    (y,) = call("matmul", backend, *arguments)
+    product = x.astype(np.float64) @ stack[1].astype(np.float64)
+    rounds = U16 if backend == "xla" else 0.0  # as it may
+    sizes = np.abs(x.astype(np.float64)) @ np.abs(stack[1].astype(np.float64)) + np.abs(add)
+    assert y.dtype == np.float32
+    assert (np.abs(y - (add + product)) <= rounds * np.abs(product) + 98 * U32 * sizes).all()
+
+
+@pytest.mark.parametrize("rows", [*ROWS, 128, 129, 300])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_feed_forward(backend: str, rows: int) -> None:
+    """More rows than a chunk has, and columns that are no multiple of a chunk's."""
+    x, norm = random(rows, 96, dtype=np.float32), norm_of(2, 96)
+    stacks = [
+        random(2, *shape, seed=i) for i, shape in enumerate([(96, 160), (96, 160), (160, 96)])
+    ]
+    y = call("feed_forward", backend, x, norm, *packed(backend, *stacks), jnp.int32(1))
+    exact = exact_feed_forward(x, norm, 1, *stacks)
+    assert y.dtype == np.float32
+    # Roundings of a norm and of what is between, to one side or the other; xla has two more.
+    error = np.abs(y - exact).max() / np.abs(exact - x).max()
+    assert error <= (3 if backend == "xla" else 1) * U16
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_feed_forward_far_from_zero(backend: str) -> None:
+    """Where silu is 0 or its argument, and where something is no number."""
+    x, norm = np.eye(64, 64, dtype=np.float32)[:5] * 8, mm.Norm(jnp.ones((1, 64), jnp.bfloat16), 0)
+    gate, up, down = (np.zeros((1, 64, 64), ml_dtypes.bfloat16) for _ in range(3))
+    gate[0, :4, 0] = -40, -1e4, 40, 1e30  # the norm of x is 8 at one place
+    up[0, :5, 0], down[0, 0, 0] = 2, 1
+    x[4, 9] = np.nan
+    y = call("feed_forward", backend, x, norm, *packed(backend, gate, up, down), jnp.int32(0))
+    np.testing.assert_allclose(y[:3, 0] - x[:3, 0], [0, 0, 320 * 16], rtol=0.01, atol=1e-30)
+    assert y[3, 0] > 1e31
+    assert np.isnan(y[4]).all()
+
+
+@pytest.mark.parametrize("rows", [1, 3, 17, 64])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_table_gives_rows_and_scores_and_the_best(backend: str, rows: int) -> None:
+    """Of 63 blocks of columns, which chunks don't divide evenly."""
+    table, x = random(1008, 64), random(rows, 64, seed=1)
+    table[1000] = table[77]  # with the same scores, the first is the best
+    x[-1] = table[77] * 4
+    name, _ = of(backend)
+    of_table = mm.pack_table(jnp.asarray(table), name)
+    ids = jnp.array([0, 1, 15, 16, 17, 1007, 1007])
+    assert np.asarray(mm.embed(of_table, ids, name)).tobytes() == table[ids].tobytes()
+    matrix = mm.pack(jnp.asarray(table.T.copy()), name)
+    for weights, is_table in ((of_table, True), (matrix, False)):
+        scores, best = call("scores", backend, x, weights, is_table)
+        check(scores, x, table.T, jnp.float32)
+        assert best.dtype == np.int32
+        np.testing.assert_array_equal(best, np.argmax(scores, axis=1))
+        assert best[-1] == 77
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_best_token_is_always_in_the_vocabulary(backend: str) -> None:
+    table, x = random(304, 64), random(3, 64, seed=1)
+    x[0], x[1, 3], table[:, 0] = 0, np.nan, 1
+    x[2, :2], table[17, 0], table[250, 0] = (np.inf, 0), -1, -1
+    name, _ = of(backend)
+    scores, best = call("scores", backend, x, mm.pack_table(jnp.asarray(table), name), True)
+    assert np.isnan(scores[1]).all()
+    assert best[0] == 0
+    assert ((best >= 0) & (best < 304)).all()
 
 
 @needs_native

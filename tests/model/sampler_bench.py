@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from engine.core import batching
@@ -37,7 +38,8 @@ class Row:
 
 @jax.jit
 def sample(logits, batch, state, masks):
-    return sampler.sample(logits, batch.slots, batch.samples, batch.sampling, state, masks)
+    best = jnp.argmax(logits, axis=1).astype(jnp.int32)
+    return sampler.sample(logits, best, batch.slots, batch.samples, batch.sampling, state, masks)
 
 
 set_slot = jax.jit(sampler.set_slot)

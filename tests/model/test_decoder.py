@@ -140,7 +140,7 @@ def test_a_bfloat16_model_gives_float32_logits_and_keeps_its_pools_dtype(
         # Layer l's copy of block 1 is entry 2 l + 1; five of its eight positions are written.
         written = np.isfinite(wide(pool)).all(axis=(1, 3))
         assert written.tolist() == [[False] * 8, [True] * 5 + [False] * 3] * 3
-        return model.logits(hidden[:5])
+        return model.logits(hidden[:5])[0]
 
     plain = logits(0, jnp.bfloat16)
     assert plain.dtype == jnp.float32
@@ -181,7 +181,7 @@ def test_a_model_with_packed_weights_computes_what_the_reference_does(
         pool = jnp.zeros((3 * 2, 2, 8, 16), jnp.bfloat16)
         tokens = jnp.arange(5, dtype=jnp.int32) * 7
         hidden, _ = jax.jit(lambda pool: model(tokens, pool, ragged, Attention("xla")))(pool)
-        return jax.jit(model.logits)(hidden)
+        return jax.jit(model.logits)(hidden)[0]
 
     plain = logits(Products("reference"))
     packed = logits(Products("cpu"))

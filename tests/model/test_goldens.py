@@ -56,7 +56,7 @@ def sources(tmp_path_factory: pytest.TempPathFactory):
 def _step(definition, weights, tokens, pool, ragged, attention):
     model = nnx.merge(definition, weights)
     hidden, pool = model(tokens, pool, ragged, attention)
-    return model.logits(hidden), pool
+    return model.logits(hidden)[0], pool
 
 
 def forward(

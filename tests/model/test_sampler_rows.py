@@ -365,16 +365,3 @@ def test_a_mask_is_its_own_row_s_alone() -> None:
     free = tokens(logits, [rows[0], Row(request()), rows[2]])
     shut = [dataclasses.replace(row, allowed=()) for row in (rows[0], rows[2])]
     assert tokens(logits, [shut[0], rows[1], shut[1]]) == [free[0], 9, free[2]]
-
-
-def test_the_best_token_is_numpy_s_argmax_and_always_in_the_vocabulary() -> None:
-    logits = np.random.default_rng(0).integers(-3, 4, (64, 300)).astype(np.float32)
-    logits[0] = -np.inf
-    logits[1, [17, 250]] = np.inf
-    logits[2, 299] = 9.0
-    found = jax.jit(sampler._best)(logits)
-    assert found.dtype == jnp.int32
-    np.testing.assert_array_equal(found, np.argmax(logits, axis=1))
-    logits[3, [40, 90]] = logits[4] = np.nan
-    found = np.asarray(jax.jit(sampler._best)(logits))
-    assert ((found >= 0) & (found < 300)).all()

@@ -10,6 +10,7 @@ from engine.config_file import from_tree
 from engine.core.limits import Limits
 from engine.frontend import Engine
 from engine.loading import LoadedEngine
+from engine.start_up import StartUp
 from engine.text import Tokenizer
 from engine.text.grammars import Grammars
 from engine.types import StepPlan, StepTokens
@@ -72,6 +73,7 @@ def make_engine(folder: Path, runner: Letters | None = None) -> Engine:
         tokenizer=tokenizer,
         eos_token_ids=(tiny.EOS,),
         grammars=Grammars(tokenizer, tiny.VOCAB_SIZE, (tiny.EOS,)),
+        start_up=StartUp(),
         weights_fingerprint="00ff",
         limits=LIMITS,
         runner=stand_in,

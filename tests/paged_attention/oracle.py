@@ -56,12 +56,12 @@ FEATURES: dict[str, dict[str, Any]] = {
 }
 
 
-# Native code with each set of instructions that the processor has, AMX aside, which attention has
-# no use for: "cpu avx2" is native code with no more than AVX2.
+# Native code with each set of instructions that the processor has: "cpu avx2" is native code with
+# no more than AVX2. AMX has code for bfloat16 only; the rest is as with AVX512.
 NATIVE: tuple[str, ...] = ()
 if native.unavailable() is None:
     most = native.INSTRUCTIONS.index(native.instructions())
-    NATIVE = tuple(f"cpu {name}" for name in native.INSTRUCTIONS[: min(most, 2) + 1])
+    NATIVE = tuple(f"cpu {name}" for name in native.INSTRUCTIONS[: most + 1])
 
 
 @dataclasses.dataclass(frozen=True)

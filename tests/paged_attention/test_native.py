@@ -50,6 +50,10 @@ def scores_that_overflow_downwards(case: Case) -> None:
     case.k[[DECODE, PROMPT, LONG, SHORT], 0] = -10.0
 
 
+def nan_new_value(case: Case) -> None:
+    case.v[[DECODE, PROMPT, LONG, SHORT], 0, 3] = np.nan
+
+
 def nan_sink(case: Case) -> None:
     if case.sinks is not None:
         case.sinks[1] = np.nan
@@ -59,20 +63,29 @@ SPOILED: list[Callable[[Case], None]] = [
     nan_query,
     nan_new_key,
     nan_old_key,
+    nan_new_value,
     scores_that_overflow,
     scores_that_overflow_downwards,
     nan_sink,
 ]
 
 
+@pytest.mark.parametrize("dtype", ["float32", "bfloat16"])
 @pytest.mark.parametrize("softcap", [None, 2.0])
 @pytest.mark.parametrize("spoil", SPOILED, ids=lambda spoil: spoil.__name__)
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_what_is_not_a_number_comes_out_where_the_definition_has_it(
-    backend: str, spoil: Callable[[Case], None], softcap: float | None
+    backend: str, spoil: Callable[[Case], None], softcap: float | None, dtype: str
 ) -> None:
     """Never a plausible number, and nowhere else: token by token and in tiles."""
-    case = make_case(ROWS, head_dim=16, softcap=softcap, sinks=spoil is nan_sink)
+    case = make_case(
+        ROWS,
+        head_dim=32,
+        block_size=16,
+        dtype=dtype,
+        softcap=softcap,
+        sinks=spoil is nan_sink,
+    )
     if spoil in (scores_that_overflow, scores_that_overflow_downwards):
         # In float32 a sum that has overflown one way and goes on the other depends on its order.
         held = case.held(after=False)[:, None, :, None]
@@ -84,7 +97,11 @@ def test_what_is_not_a_number_comes_out_where_the_definition_has_it(
     assert (np.isnan(expected).any()) == (softcap is None or "overflow" not in spoil.__name__)
     np.testing.assert_array_equal(np.isnan(out), np.isnan(expected))
     finite = ~np.isnan(expected)
-    np.testing.assert_allclose(out[finite], expected[finite], rtol=0, atol=1e-4)
+    # In bfloat16, of weights and of the output, for sums of up to 4.
+    atol = 1e-4 if dtype == "float32" else 2 * 4 * 2.0**-8
+    np.testing.assert_allclose(
+        out[finite].astype(np.float32), expected[finite].astype(np.float32), rtol=0, atol=atol
+    )
 
 
 @pytest.mark.parametrize("features", [{}, {"sinks": True, "softcap": 2.0, "window": 900}], ids=str)
@@ -92,6 +109,34 @@ def test_what_is_not_a_number_comes_out_where_the_definition_has_it(
 def test_contexts_that_are_split_match_the_oracle(backend: str, features: dict[str, Any]) -> None:
     rows = [(1, 511), (1, 512), (1, 1600), (4, 509), (16, 1010), (17, 1010)]
     case = make_case(rows, head_dim=16, ratio=3, block_size=16, num_tokens=45, **features)
+    check(case, *run(case, backend))
+
+
+@pytest.mark.parametrize(
+    "features",
+    [{}, {"window": 37}, {"sinks": True}, {"softcap": 2.0, "sinks": True, "window": 150}],
+    ids=str,
+)
+@pytest.mark.parametrize(
+    ("num_kv_heads", "ratio"), [(3, 1), (2, 2), (3, 3), (5, 4), (2, 7), (2, 8)]
+)
+@pytest.mark.parametrize("head_dim", [32, 64, 96, 256])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_bfloat16_matches_the_oracle_wherever_a_context_ends(
+    backend: str, head_dim: int, num_kv_heads: int, ratio: int, features: dict[str, Any]
+) -> None:
+    """On a tile's edge, a chunk's and a block's, and beside each; in tiles full and not."""
+    rows = [(1, 15), (1, 16), (1, 31), (1, 64), (2, 61), (1, 600), (5, 43), (17, 0), (64, 70)]
+    case = make_case(
+        rows,
+        head_dim=head_dim,
+        ratio=ratio,
+        num_kv_heads=num_kv_heads,
+        block_size=32 if head_dim == 96 else 16,
+        dtype="bfloat16",
+        num_tokens=95,
+        **features,
+    )
     check(case, *run(case, backend))
 
 

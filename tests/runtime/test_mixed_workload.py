@@ -300,7 +300,7 @@ def test_the_compile_counter_counts_a_compile() -> None:
 def test_no_step_copies_the_pool(run: Run) -> None:
     runner = run.engine.runner
     assert len(runner.shape.buckets) == 4
-    pool = math.prod(runner.kv_pool_shape)
+    pool = math.prod(runner.kv_pool.shape)
     state = jax.eval_shape(
         lambda: sampler.initial_state(runner.shape.max_num_seqs + 1, runner.arch.vocab_size)
     )

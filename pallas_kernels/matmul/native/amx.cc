@@ -187,6 +187,6 @@ void MultiplyInt8(const Product& p) {
 
 }  // namespace
 
-const Kernel kAmx = {Multiply<Bf16>, MultiplyInt8, Normalise, Activate, Quantise};
+const Kernel kAmx = {Multiply<Bf16>, MultiplyInt8, Normalise, Activate, FindBest, Quantise};
 
 }  // namespace octavo

@@ -113,6 +113,6 @@ void Multiply(const Product& p) {
 
 }  // namespace
 
-const Kernel kAvx2 = {Multiply<Bf16>, Multiply<Int8>, Normalise, Activate, Quantise};
+const Kernel kAvx2 = {Multiply<Bf16>, Multiply<Int8>, Normalise, Activate, FindBest, Quantise};
 
 }  // namespace octavo

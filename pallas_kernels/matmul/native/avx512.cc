@@ -118,6 +118,7 @@ void Multiply(const Product& p) {
 
 }  // namespace
 
-const Kernel kAvx512 = {Multiply<Bf16>, Multiply<Int8>, Normalise, Activate, Quantise};
+const Kernel kAvx512 = {Multiply<Bf16>, Multiply<Int8>, Normalise,
+                        Activate,       FindBest,       Quantise};
 
 }  // namespace octavo

@@ -46,6 +46,6 @@ void MultiplyInt8(const Product& p) {
 
 }  // namespace
 
-const Kernel kPortable = {Multiply, MultiplyInt8, Normalise, Activate, Quantise};
+const Kernel kPortable = {Multiply, MultiplyInt8, Normalise, Activate, FindBest, Quantise};
 
 }  // namespace octavo

@@ -33,6 +33,11 @@ struct Product {
 
 constexpr float kSteps = 254.0f;  // that the rest of an entry is counted in, of one of the first's
 
+struct Best {
+  float score;
+  int32_t index;
+};
+
 struct Kernel {
   void (*multiply)(const Product&);       // bfloat16
   void (*multiply_int8)(const Product&);
@@ -41,6 +46,8 @@ struct Kernel {
                     int64_t width, uint16_t* y);
   // y[i] = silu(gate[i]) * up[i].
   void (*activate)(const float* gate, const float* up, int64_t count, uint16_t* y);
+  // Finds the first of the highest scores, and any of them where some are not numbers.
+  Best (*best)(const float* scores, int64_t count);
   // A row in int8, as `Product` has it: y is [2, depth], `sums` has two entries; returns the scale.
   // That isn't a number if anything in the row isn't finite, and zero for a row of zeros, or for
   // what might as well be zeros.

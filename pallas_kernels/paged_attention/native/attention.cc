@@ -22,14 +22,19 @@ namespace ffi = xla::ffi;
 struct Kernel {
   Attend attend;
   Merge merge;
+  int64_t most_queries = kMaxQueries;  // of an item
+  int64_t shared_queries = 0;          // below which an item takes more KV heads than one
 };
 
-Kernel KernelFor(Instructions instructions) {
+Kernel KernelFor(const Attention& a, Instructions instructions) {
 #if defined(__x86_64__)
+  if (instructions >= Instructions::kAmx && FitsAmx(a)) {
+    return {AttendAmx, MergeAvx512, kMaxQueriesAmx, kLanes};
+  }
   if (instructions >= Instructions::kAvx512) return {AttendAvx512, MergeAvx512};
   if (instructions >= Instructions::kAvx2) return {AttendAvx2, MergeAvx2};
 #else
-  (void)instructions;
+  (void)a, (void)instructions;
 #endif
   return {AttendPortable, MergePortable};
 }
@@ -62,6 +67,8 @@ bool TypeOf(ffi::DataType given, Type* type) {
 constexpr int64_t kSplit = 512;
 // Positions times KV heads of all tokens, below which no other thread is worth waking.
 constexpr int64_t kWorkOfOneThread = 512;
+// Items are taken in so many runs a thread at least: the last one may keep the others waiting.
+constexpr int64_t kRunsOfAThread = 8;
 
 // What may be read of a row's table, and the tokens that read it.
 struct Row {
@@ -121,27 +128,31 @@ struct Plan {
   int64_t work = 0;  // positions times KV heads, of all tokens
 };
 
-void PlanRows(const Attention& a, const std::vector<Row>& rows, const int32_t* row_of, Plan* plan) {
+void PlanRows(const Attention& a, const Kernel& kernel, const std::vector<Row>& rows,
+              const int32_t* row_of, Plan* plan) {
   const int64_t group = a.heads / a.kv_heads;
-  const int64_t tile = kMaxQueries / group > 1 ? kMaxQueries / group : 1;
+  const int64_t tile = std::max<int64_t>(1, kernel.most_queries / group);
   int64_t part_floats = 0;
   for (const Row& row : rows) {
     const int64_t index = row_of[row.first_token];
     const int64_t first_split = row.start / kSplit, last_split = (row.stop - 1) / kSplit;
     const bool is_split = row.last_token - row.first_token <= tile && first_split < last_split;
-    for (int64_t head = 0; head < a.kv_heads; ++head) {
+    const int64_t together = std::max<int64_t>(
+        1, kernel.shared_queries / ((row.last_token - row.first_token) * group));
+    for (int64_t head = 0; head < a.kv_heads; head += together) {
+      const int64_t heads = std::min(together, a.kv_heads - head);
       for (int64_t token = row.first_token; token < row.last_token; token += tile) {
         const int64_t last = std::min(token + tile, row.last_token);
         if (!is_split) {
           const int64_t stop = a.positions[last - 1] + int64_t{1};
-          plan->items.push_back({index, token, last, head, 0, row.stop, true, nullptr});
-          plan->work += (last - token) * (stop - std::max<int64_t>(0, stop - a.window));
+          plan->items.push_back({index, token, last, head, heads, 0, row.stop, true, nullptr});
+          plan->work += (last - token) * heads * (stop - std::max<int64_t>(0, stop - a.window));
           continue;
         }
-        const Item whole{index, token, last, head, row.start, row.stop, true, nullptr};
+        const Item whole{index, token, last, head, heads, row.start, row.stop, true, nullptr};
         plan->splits.push_back({whole, last_split - first_split + 1});
         part_floats += (last_split - first_split + 1) * PartSize(a, whole);
-        plan->work += (last - token) * (row.stop - row.start);
+        plan->work += (last - token) * heads * (row.stop - row.start);
       }
     }
   }
@@ -161,7 +172,7 @@ void PlanRows(const Attention& a, const std::vector<Row>& rows, const int32_t* r
   }
   const auto cost = [&](const Item& item) {
     const int64_t stop = std::min(item.stop, a.positions[item.last_token - 1] + int64_t{1});
-    return (item.last_token - item.first_token) * std::min(stop - item.start, a.window);
+    return Queries(a, item) * std::min(stop - item.start, a.window);
   };
   std::stable_sort(plan->items.begin(), plan->items.end(),
                    [&](const Item& x, const Item& y) { return cost(x) > cost(y); });
@@ -268,12 +279,19 @@ ffi::Error AttendAll(ffi::ThreadPool threads, ffi::AnyBuffer q, ffi::AnyBuffer k
   memset(static_cast<char*>(a.out) + real * of_token, 0, (tokens - real) * of_token);
   const Instructions here = MostInstructions();
   const Kernel kernel =
-      KernelFor(most < static_cast<int32_t>(here) ? static_cast<Instructions>(most) : here);
+      KernelFor(a, most < static_cast<int32_t>(here) ? static_cast<Instructions>(most) : here);
   Plan plan;
-  PlanRows(a, found, row_of, &plan);
+  PlanRows(a, kernel, found, row_of, &plan);
   const int64_t most_threads = 1 + plan.work / kWorkOfOneThread;
-  ParallelFor(threads, most_threads, static_cast<int64_t>(plan.items.size()),
-              [&](int64_t index) { kernel.attend(a, plan.items[index]); });
+  // A thread takes some that follow each other, so that it knows what comes next.
+  const int64_t items = static_cast<int64_t>(plan.items.size());
+  const int64_t run = std::max<int64_t>(1, items / (kRunsOfAThread * threads.num_threads()));
+  ParallelFor(threads, most_threads, (items + run - 1) / run, [&](int64_t index) {
+    const int64_t end = std::min(items, (index + 1) * run);
+    for (int64_t i = index * run; i < end; ++i) {
+      kernel.attend(a, plan.items[i], i + 1 < end ? &plan.items[i + 1] : nullptr);
+    }
+  });
   ParallelFor(threads, most_threads, static_cast<int64_t>(plan.splits.size()), [&](int64_t index) {
     kernel.merge(a, plan.splits[index].first, plan.splits[index].count);
   });

@@ -27,9 +27,10 @@ struct Attention {
   float scale, softcap;        // no softcap: 0
 };
 
-// Some tokens of one row, with one KV head, over positions [start, stop) as far as they see them.
+// Some tokens of one row, with `kv_heads` heads from `kv_head` on, over positions [start, stop) as
+// far as they see them.
 struct Item {
-  int64_t row, first_token, last_token, kv_head;
+  int64_t row, first_token, last_token, kv_head, kv_heads;
   int64_t start, stop;
   bool has_sinks;  // a sink counts once, however many parts a context has
   // Null where the item is all of a context. Else what it came to, for each token and head:
@@ -39,6 +40,7 @@ struct Item {
 
 constexpr int kLanes = 16;         // of a vector
 constexpr int kMaxQueries = 48;    // of an item, one for each token and head: three vectors
+constexpr int kMaxQueriesAmx = 128;
 constexpr int64_t kMaxHeadDim = 256;
 
 namespace {  // each unit has its own
@@ -47,23 +49,30 @@ inline int64_t ItemSize(Type type) {
   return type == Type::kFloat32 ? 4 : type == Type::kBfloat16 ? 2 : 1;
 }
 
+inline int64_t Queries(const Attention& a, const Item& item) {
+  return (item.last_token - item.first_token) * (a.heads / a.kv_heads) * item.kv_heads;
+}
+
 inline int64_t PartSize(const Attention& a, const Item& item) {  // floats
-  return (item.last_token - item.first_token) * (a.heads / a.kv_heads) * (a.head_dim + 2);
+  return Queries(a, item) * (a.head_dim + 2);
 }
 
 }  // namespace
 
-using Attend = void (*)(const Attention&, const Item&);
+// `next` is an item that the thread will take then, or null.
+using Attend = void (*)(const Attention&, const Item&, const Item* next);
 // The output of an item's tokens from `count` parts of its context, which lie one after the other.
 using Merge = void (*)(const Attention&, const Item& first, int64_t count);
 
-void AttendPortable(const Attention&, const Item&);
+void AttendPortable(const Attention&, const Item&, const Item* next);
 void MergePortable(const Attention&, const Item& first, int64_t count);
 #if defined(__x86_64__)
-void AttendAvx2(const Attention&, const Item&);
+void AttendAvx2(const Attention&, const Item&, const Item* next);
 void MergeAvx2(const Attention&, const Item& first, int64_t count);
-void AttendAvx512(const Attention&, const Item&);
+void AttendAvx512(const Attention&, const Item&, const Item* next);
 void MergeAvx512(const Attention&, const Item& first, int64_t count);
+bool FitsAmx(const Attention&);
+void AttendAmx(const Attention&, const Item&, const Item* next);
 #endif
 
 }  // namespace octavo

@@ -139,6 +139,21 @@ inline Bits AsBits(Part value) {
   return bits;
 }
 
+// As bfloat16, to nearest even; NaN stays NaN.
+inline void StoreRounded(uint16_t* at, Floats value) {
+  for (int p = 0; p < kParts; ++p) {
+    const Bits bits = AsBits(value.part[p]);
+    const Bits rounded = (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
+    const Bits narrow = (bits & 0x7fffffff) > 0x7f800000 ? bits >> 16 | 0x40 : rounded;
+#if defined(__AVX512F__)  // GCC 12 would narrow halves of it
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(at), _mm512_cvtepi32_epi16((__m512i)narrow));
+#else
+    const Halves halves = __builtin_convertvector(narrow, Halves);
+    memcpy(at + p * kWidth, &halves, sizeof halves);
+#endif
+  }
+}
+
 // Of e4m3fn: four bits of exponent, biased by 7, three of mantissa, no infinity. Nothing here is
 // subnormal in float32, which a thread may have been told to flush.
 inline Part FromFloat8(Bits codes) {

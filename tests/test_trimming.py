@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from engine.serve.trimming import find_trim, trimming
+from engine.trimming import find_trim, trimming
 
 NUM_CHUNKS = 4096
 CHUNK = 16 * 2**10  # glibc maps no such small piece by itself

@@ -1,8 +1,9 @@
-"""Memory that was freed goes back to the system while the server runs.
+"""Memory that was freed goes back to the system: once a model is loaded, and while a server runs.
 
 glibc keeps what a thread frees in that thread's arena, and gives back no more than the end of it.
-gRPC has dozens of threads, so that a server that was busy once, or was sent a flood of half
-messages, would hold hundreds of MiB that nothing uses, in a container that may have a limit.
+Loading has several threads and gRPC dozens, so that a server that was busy once, or was sent a
+flood of half messages, would hold hundreds of MiB that nothing uses, in a container that may have
+a limit.
 """
 
 from __future__ import annotations
