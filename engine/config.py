@@ -93,9 +93,10 @@ class ModelConfig:
       name: what clients see; by default the source's last part.
       dtype: of weights and activations.
       quantization: `int8` holds the matrices that rows are multiplied with in 8 bits, with a scale
-        a column, and multiplies with rows that are rounded to 8 bits as they come, each by its own
-        scale. Norms, biases and an embedding table that isn't the output projection too stay in
-        `dtype`. Any checkpoint does: they are quantised when they are loaded.
+        a column, and multiplies with rows that are put into int8 as they come, with a second int8
+        for what that leaves of each entry. Norms, biases and an embedding table that isn't the
+        output projection too stay in `dtype`. Any checkpoint does: they are quantised when they
+        are loaded.
       max_model_len: most tokens of prompt and output together; by default the model's own.
       architecture: see `Architecture`.
     """

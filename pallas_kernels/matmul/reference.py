@@ -21,8 +21,9 @@ def scores(
     x: jax.Array, weights: jax.Array | Quantised, is_table: bool
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.matmul.scores`."""
-    if is_table and isinstance(weights, Quantised):
-        weights = Quantised(weights.values.T, weights.scales)
+    if isinstance(weights, Quantised):
+        values = weights.values.T if is_table else weights.values
+        weights = Quantised(values, weights.scales)
     elif is_table:
         weights = weights.T
     logits = _product(x, weights)

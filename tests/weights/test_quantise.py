@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
@@ -51,7 +52,7 @@ def test_matrices_are_what_the_kernels_make_of_the_file_s_values(checkpoint: Che
             assert params[name].dtype == "bfloat16"
             continue
         axis = -1 if name == "embed.weight" else -2
-        expected = matmul.quantise(np.asarray(values, np.float32), axis)
+        expected = matmul.quantise(jnp.asarray(values, jnp.float32), axis)
         np.testing.assert_array_equal(params[name], expected.values, err_msg=name)
         np.testing.assert_array_equal(params[f"{name}_scale"], expected.scales, err_msg=name)
         assert params[name].dtype == "int8"
