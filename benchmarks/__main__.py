@@ -398,6 +398,44 @@ def buckets(
     )
 
 
+@app.command
+def quality(
+    *,
+    config: Annotated[Path, Parameter(name=["--config", "-c"])] = Path(
+        "configs/smollm2-135m-cpu.yaml"
+    ),
+    set_: Annotated[list[str] | None, Parameter(name="--set", negative=())] = None,
+    variant: Annotated[list[str] | None, SEVERAL] = None,
+    workload: Annotated[list[str] | None, SEVERAL] = None,
+    tokens: int = 64,
+    window: int = 1024,
+    output: Path = RESULTS,
+) -> int:
+    """What a narrower dtype costs: perplexity of a fixed text, and greedy tokens that differ.
+
+    Args:
+      config: a YAML file.
+      set_: key=value that replaces the config's, dotted.
+      variant: float32 bfloat16 bfloat16+int8 by default; the first is the yardstick.
+      workload: names of files in benchmarks/workloads/, whose prompts are continued; by default
+        single decode16 mixed64.
+      tokens: of each continuation.
+      window: tokens of the text that are read at once, from an empty context.
+      output: folder for the JSON.
+    """
+    from benchmarks import quality as benchmark
+
+    return benchmark.run(
+        config,
+        tuple(set_ or ()),
+        variants=variant or benchmark.VARIANTS,
+        workloads=workload or ("single", "decode16", "mixed64"),
+        tokens=tokens,
+        window=window,
+        folder=output,
+    )
+
+
 @app.command(help_flags=[])
 def attention(*options: Annotated[str, Parameter(allow_leading_hyphen=True)]) -> int:
     """Check and time attention backends on this device; `attention --help` lists the options."""

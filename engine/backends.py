@@ -37,7 +37,7 @@ def resolve_products(
     """Which matrix products the config means for a model on a device, and why.
 
     Args:
-      config: its `matmul.backend`, `mesh` and `model.dtype`.
+      config: its `matmul.backend`, `mesh`, `model.dtype` and `model.quantization`.
       arch: of the model, with KV heads as often as chips hold them.
       device: by default, the first of this process.
 
@@ -50,6 +50,7 @@ def resolve_products(
             _device(device)[0],
             num_devices=config.mesh.tensor * config.mesh.data,
             dtype=config.model.dtype,
+            in_int8=config.model.quantization == "int8",
             shapes=matrix_shapes(arch),
         )
     except ValueError as error:

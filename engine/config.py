@@ -21,6 +21,7 @@ CACHE_DTYPE_BYTES = {**DTYPE_BYTES, "float8_e4m3fn": 1, "int8": 1}
 Dtype = Literal["float32", "bfloat16"]
 CacheDtype = Literal["float32", "bfloat16", "float8_e4m3fn", "int8"]
 MAX_TIME_TO_LIVE = 10 * 366 * 24 * 3600  # seconds
+Quantization = Literal["none", "int8"]
 Isolation = Literal["domain", "none"]
 Observability = Literal["open", "constant"]
 Backend = Literal["auto", "tpu", "gpu", "cpu", "xla", "reference"]
@@ -91,6 +92,11 @@ class ModelConfig:
         `hf:org/name[@revision]`. Relative paths start at the config file's folder.
       name: what clients see; by default the source's last part.
       dtype: of weights and activations.
+      quantization: `int8` holds the matrices that rows are multiplied with in 8 bits, with a scale
+        a column, and multiplies with rows that are put into int8 as they come, with a second int8
+        for what that leaves of each entry. Norms, biases and an embedding table that isn't the
+        output projection too stay in `dtype`. Any checkpoint does: they are quantised when they
+        are loaded.
       max_model_len: most tokens of prompt and output together; by default the model's own.
       architecture: see `Architecture`.
     """
@@ -98,6 +104,7 @@ class ModelConfig:
     source: str
     name: str = ""
     dtype: Dtype = "bfloat16"
+    quantization: Quantization = "none"
     max_model_len: int | None = None
     architecture: Architecture | None = None
 
@@ -221,9 +228,9 @@ class MatmulConfig:
     """What multiplies with the weights.
 
     Attributes:
-      backend: `xla` is the compiler's own, on any device; `cpu` is native code for bfloat16 on
-        x86-64, with weights packed when they are loaded; `reference` is the slow oracle. `auto`
-        takes `cpu` where that runs, or else `xla`.
+      backend: `xla` is the compiler's own, on any device; `cpu` is native code for bfloat16 and
+        int8 on x86-64, with weights packed when they are loaded; `reference` is the slow oracle.
+        `auto` takes `cpu` where that runs, or else `xla`.
     """
 
     backend: MatmulBackend = "auto"
@@ -250,6 +257,11 @@ class Config:
 
     def __post_init__(self) -> None:
         _check(self)
+
+    @property
+    def weight_dtype(self) -> str:
+        """Of the matrices that rows are multiplied with: the model's, or int8."""
+        return self.model.dtype if self.model.quantization == "none" else self.model.quantization
 
     @property
     def cache_dtype(self) -> CacheDtype:

@@ -109,7 +109,8 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     held = with_kv_copies(arch, copies)
     multiplied = resolve_products(config, held)
     disk = open_disk_tier(config, limits, held, resolved.backend, multiplied.backend)
-    model = abstract_decoder(held, jnp.dtype(config.model.dtype), Products(multiplied.backend))
+    products = Products(multiplied.backend, config.model.quantization)
+    model = abstract_decoder(held, jnp.dtype(config.model.dtype), products)
     shape = runner_shape(config, limits)
     attention = Attention(resolved.backend, mesh)
     if scales is not None:
@@ -117,9 +118,8 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     with Programs(abstract_step(model, mesh, attention, shape, scales)) as programs:
         programs.begin(shape.buckets)
         start_up.begin("weights")
-        with enough_memory(
-            "the weights don't fit", "raise mesh.tensor or set model.dtype to bfloat16"
-        ):
+        smaller = "raise mesh.tensor or set model.dtype to bfloat16 or model.quantization to int8"
+        with enough_memory("the weights don't fit", smaller):
             weights = read_weights(
                 checkpoint, model, mesh, functools.partial(show, "Loading weights")
             )
@@ -156,11 +156,13 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
     start_up.end()
     start_up.programs = (compiled(), from_cache())
     log.info(
-        "%s: attention %s (%s), products %s (%s) on %s, %d blocks of %d tokens in %s, buckets %s",
+        "%s: attention %s (%s), products %s (%s) on %s, weights in %s, "
+        "%d blocks of %d tokens in %s, buckets %s",
         form,
         *resolved[:2],
         *multiplied[:2],
         device_kind(),
+        config.weight_dtype,
         limits.num_blocks,
         limits.block_size,
         config.cache_dtype,
@@ -265,6 +267,7 @@ def make_limits(
             "can be addressed; lower cache.memory or cache.num_blocks, or raise cache.block_size"
         )
     merges = config.cache.observability == "constant"
+    quantised = () if config.model.quantization == "none" else (f"weights: {config.weight_dtype}",)
     # What a server without isolation leaves in a tier is not for one that has it.
     isolation = () if config.cache.isolation == "domain" else ("isolation: none",)
     return Limits(
@@ -285,6 +288,7 @@ def make_limits(
                 config.model.dtype,
                 config.cache_dtype,
                 scales_fingerprint(scales),
+                *quantised,
                 *isolation,
             )
         ),

@@ -14,71 +14,15 @@ from typing import NamedTuple
 
 from engine.config import (
     CACHE_DTYPE_BYTES,
-    DTYPE_BYTES,
     Architecture,
     Backend,
     Config,
     ConfigError,
 )
+from engine.plan_weights import num_parameters, weight_bytes_per_chip
 
 HEADROOM = 0.10
 """Part of a chip's memory left to activations, logits, programs and fragmentation."""
-
-
-class Weight(NamedTuple):
-    """One kind of tensor of the decoder, over all layers.
-
-    Attributes:
-      name: as in a Hugging Face checkpoint, without prefix and layer number.
-      num_parameters: elements, all layers together.
-      num_parts: how many pieces it can be cut into over chips: query heads, KV heads,
-        feed-forward columns or vocabulary entries. 1: every chip holds all of it.
-    """
-
-    name: str
-    num_parameters: int
-    num_parts: int
-
-    def parameters_per_chip(self, tensor: int) -> int:
-        """Elements on the fullest of `tensor` chips; with more chips than parts they repeat."""
-        return self.num_parameters // self.num_parts * _ceil_div(self.num_parts, tensor)
-
-
-def weights(arch: Architecture) -> tuple[Weight, ...]:
-    """Every tensor of a decoder, in the order the forward pass reads them."""
-    layers, width, head = arch.num_layers, arch.hidden_size, arch.head_dim
-    query, kv, ffn = arch.num_heads, arch.num_kv_heads, arch.intermediate_size
-    tensors = [
-        Weight("embed_tokens", arch.vocab_size * width, arch.vocab_size),
-        Weight("input_layernorm", layers * width, 1),
-        Weight("q_proj", layers * width * query * head, query),
-        Weight("k_proj", layers * width * kv * head, kv),
-        Weight("v_proj", layers * width * kv * head, kv),
-    ]
-    if arch.qkv_bias:
-        tensors += [
-            Weight("q_proj.bias", layers * query * head, query),
-            Weight("k_proj.bias", layers * kv * head, kv),
-            Weight("v_proj.bias", layers * kv * head, kv),
-        ]
-    if arch.qk_norm:
-        tensors += [Weight("q_norm", layers * head, 1), Weight("k_norm", layers * head, 1)]
-    tensors += [
-        Weight("o_proj", layers * query * head * width, query),
-        Weight("post_attention_layernorm", layers * width, 1),
-        Weight("gate_proj", layers * width * ffn, ffn),
-        Weight("up_proj", layers * width * ffn, ffn),
-        Weight("down_proj", layers * ffn * width, ffn),
-        Weight("norm", width, 1),
-    ]
-    if not arch.tie_embeddings:
-        tensors.append(Weight("lm_head", arch.vocab_size * width, arch.vocab_size))
-    return tuple(tensors)
-
-
-def num_parameters(arch: Architecture) -> int:
-    """Elements of all weights; tied embeddings count once."""
-    return sum(weight.num_parameters for weight in weights(arch))
 
 
 def kv_bytes_per_token(arch: Architecture, dtype: str) -> int:
@@ -200,7 +144,7 @@ class MemoryPlan:
     """Where the memory of one replica goes. Bytes are of one chip where the name says so.
 
     Attributes:
-      model, dtype, cache_dtype: what is planned for.
+      model, dtype, quantization, cache_dtype: what is planned for.
       attention: the backend that is planned for, as the config names it.
       head_dim, cache_width: of the model, and as the backend's cache has it.
       data, tensor: replicas, and chips in each.
@@ -227,6 +171,7 @@ class MemoryPlan:
 
     model: str
     dtype: str
+    quantization: str
     cache_dtype: str
     attention: str
     head_dim: int
@@ -306,17 +251,14 @@ def plan(
     _check_arguments(hbm, headroom, (*lengths, mean), limit, mean)
 
     cache_dtype = config.cache_dtype
-    weight_bytes = num_parameters(arch) * DTYPE_BYTES[config.model.dtype]
-    weight_bytes_per_chip = DTYPE_BYTES[config.model.dtype] * sum(
-        weight.parameters_per_chip(tensor) for weight in weights(arch)
-    )
+    weight_bytes = weight_bytes_per_chip(config.model, arch, tensor)
     sampler = sampler_bytes(arch, config.scheduler.max_num_seqs)
     backend = config.attention.backend
     block_bytes = _block_bytes_per_chip(config, arch, backend)
     asked = config_blocks(config, arch)
 
     reserved = int(hbm * headroom) if hbm is not None else 0
-    available = None if hbm is None else hbm - reserved - weight_bytes_per_chip - sampler
+    available = None if hbm is None else hbm - reserved - weight_bytes - sampler
     num_blocks = asked if available is None else max(0, available // block_bytes)
     block_size = config.cache.block_size
     num_tokens = num_blocks * block_size
@@ -327,6 +269,7 @@ def plan(
     return MemoryPlan(
         model=config.model.name or config.model.source,
         dtype=config.model.dtype,
+        quantization=config.model.quantization,
         cache_dtype=cache_dtype,
         attention=backend,
         head_dim=arch.head_dim,
@@ -334,8 +277,8 @@ def plan(
         data=config.mesh.data,
         tensor=tensor,
         num_parameters=num_parameters(arch),
-        weight_bytes=weight_bytes,
-        weight_bytes_per_chip=weight_bytes_per_chip,
+        weight_bytes=weight_bytes_per_chip(config.model, arch, 1),
+        weight_bytes_per_chip=weight_bytes,
         kv_bytes_per_token=kv_bytes_per_token(arch, cache_dtype),
         kv_bytes_per_token_per_chip=kv_bytes_per_token_per_chip(
             arch, cache_dtype, tensor=tensor, backend=backend

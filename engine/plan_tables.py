@@ -42,8 +42,9 @@ def _title(plan: MemoryPlan) -> Text:
     mesh = f"{plan.data} x {plan.tensor} chips" if plan.data > 1 else f"{chips} chip"
     if plan.data == 1 and chips > 1:
         mesh += "s"
+    held = "" if plan.quantization == "none" else f", matrices in {plan.quantization}"
     return Text(
-        f"{plan.model}: {plan.num_parameters:,} parameters in {plan.dtype}, "
+        f"{plan.model}: {plan.num_parameters:,} parameters in {plan.dtype}{held}, "
         f"cache in {plan.cache_dtype}, attention {plan.attention}, {mesh}",
         style="bold",
     )

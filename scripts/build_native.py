@@ -31,10 +31,10 @@ FLAGS = (
 )
 AVX2 = ("-mavx2", "-mfma")
 AVX512 = (
-    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16"),
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mavx512vnni"),
     "-mprefer-vector-width=512",
 )
-AMX = ("-mamx-tile", "-mamx-bf16")
+AMX = ("-mamx-tile", "-mamx-bf16", "-mamx-int8")
 # The C++ library is the system's own, which jaxlib needs too. Linked statically, Debian 12's would
 # need glibc 2.35; without it glibc 2.32 does, and libstdc++ with GLIBCXX_3.4.29, which is GCC 11's.
 LINK = ("-shared", "-Wl,--no-undefined")

@@ -23,6 +23,7 @@ from engine.config import (
     CacheDtype,
     Dtype,
     MeshConfig,
+    Quantization,
     SchedulerConfig,
 )
 from engine.core import batching, scheduler
@@ -33,6 +34,7 @@ from engine.core.scheduler import SchedulerState
 from engine.memory_plan import kv_copies
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder, abstract_decoder
+from engine.model.products import Products
 from engine.runtime.constraints import Constraints
 from engine.runtime.mesh import make_mesh, weight_shardings
 from engine.runtime.runner import Launched, Runner, RunnerShape
@@ -169,6 +171,7 @@ def small_engine(
     *,
     dtype: Dtype = "float32",
     cache_dtype: CacheDtype | None = None,
+    quantization: Quantization = "none",
     backend: Backend = "xla",
     interpret: Any = False,
     scales: Path | None = None,
@@ -191,7 +194,8 @@ def small_engine(
     arch = checkpoint.architecture
     mesh = make_mesh(MeshConfig(tensor=tensor), arch)
     copies = kv_copies(arch, tensor)
-    model = abstract_decoder(with_kv_copies(arch, copies), jnp.dtype(dtype))
+    products = Products("xla", quantization)
+    model = abstract_decoder(with_kv_copies(arch, copies), jnp.dtype(dtype), products)
     shape = RunnerShape(
         num_blocks=num_blocks,
         block_size=block_size,

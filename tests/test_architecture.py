@@ -31,7 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "config_error": set(),
     "server_config": {"config_error"},
     "config_file": {"config"},
-    "memory_plan": {"types", "config"},
+    "memory_plan": {"types", "config", "plan_weights"},
     "plan_tables": {"memory_plan"},
     "core": {"types", "config"},
     "weights": {"types", "config"},
@@ -65,6 +65,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "leakcheck": {"rpc", "progress", "credentials", "__init__"},
     "replay_page": {"types", "core", "runtime", "dashboard"},
     "event_loop": set(),
+    "plan_weights": {"config"},
     "progress": set(),
     "aot": BELOW_SERVE
     | {"backends", "config_file", "loading"},  # compiles what `loading` would start
@@ -229,7 +230,8 @@ def test_the_command_line_starts_without_heavy_imports() -> None:
 
 def test_what_runs_without_a_device_never_loads_jax() -> None:
     units = (
-        *("types", "config", "core", "memory_plan", "plan_tables", "client", "chat"),
+        *("types", "config", "core", "memory_plan", "plan_tables", "plan_weights"),
+        *("client", "chat"),
         *("simulate", "leakcheck", "dashboard", "replay_tables"),
     )
     loaded = _loaded_after_importing(*_modules(*units))

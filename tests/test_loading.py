@@ -16,7 +16,7 @@ import pytest
 
 from engine import backends, loading
 from engine.backends import check_attention, describe, resolve_attention, resolve_products
-from engine.config import Backend, ConfigError, MatmulConfig, MeshConfig
+from engine.config import Backend, ConfigError, MatmulConfig, MeshConfig, Quantization
 from engine.config_file import from_tree
 from engine.core.block_keys import child_key, root_key
 from engine.core.limits import Limits
@@ -106,12 +106,14 @@ def test_block_keys_tell_weights_dtypes_and_scales_apart() -> None:
         limits_of(**{"cache.dtype": "bfloat16"}),
         limits_of(**{"model.dtype": "bfloat16", "cache.dtype": "float32"}),
         limits_of(weights="other weights"),
+        limits_of(**{"model.quantization": "int8"}),
+        limits_of(**{"model.quantization": "int8", "model.dtype": "bfloat16"}),
         limits_of(**{"cache.dtype": "float8_e4m3fn"}),
         limits_of(scales=np.ones((2, 2, 2), np.float32), **{"cache.dtype": "float8_e4m3fn"}),
         limits_of(scales=np.ones((2, 2, 2), np.float32), **{"cache.dtype": "int8"}),
         limits_of(scales=np.full((2, 2, 2), 2, np.float32), **{"cache.dtype": "int8"}),
     ]
-    assert len({first_key(limits.fingerprint) for limits in variants}) == len(variants) == 9
+    assert len({first_key(limits.fingerprint) for limits in variants}) == len(variants) == 11
     assert limits_of(**{"cache.dtype": "float32"}).fingerprint == limits_of().fingerprint
 
 
@@ -331,7 +333,15 @@ def test_native_code_runs_on_a_cpu_that_takes_it_and_its_absence_is_said(
         assert describe(resolved, "auto") == "cpu"
     wide = dataclasses.replace(config.model, dtype="float32")
     in_float32 = resolve_products(dataclasses.replace(config, model=wide), NATIVE_ARCH)
-    assert describe(in_float32, "auto").startswith("xla, as native products are for bfloat16")
+    assert describe(in_float32, "auto").startswith("xla, as native products are for models in")
+    in_int8 = dataclasses.replace(
+        config, model=dataclasses.replace(config.model, quantization="int8")
+    )
+    assert describe(resolve_products(in_int8, NATIVE_ARCH), "auto").startswith(
+        "xla, as a matrix is"
+    )
+    even = dataclasses.replace(NATIVE_ARCH, intermediate_size=128)
+    assert resolve_products(in_int8, even) == ("cpu", "avx2", False)
     split = dataclasses.replace(config, mesh=MeshConfig(tensor=2))
     over_two = describe(resolve_products(split, NATIVE_ARCH), "auto")
     assert over_two == "xla, as weights are split over 2 devices"
@@ -452,14 +462,15 @@ def test_a_full_disk_is_noticed_and_left_clean(
 
 
 @pytest.mark.skipif(native.unavailable() is not None, reason=str(native.unavailable()))
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize("is_tied", [False, True])
 def test_an_engine_on_native_code_packs_weights_when_it_loads_and_when_it_reloads(
-    tmp_path: Path, is_tied: bool
+    tmp_path: Path, is_tied: bool, quantization: Quantization
 ) -> None:
     config = LLAMA | {
         "vocab_size": 272,
         "hidden_size": 64,
-        "intermediate_size": 96,
+        "intermediate_size": 128,
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
         "head_dim": 16,
@@ -472,17 +483,21 @@ def test_an_engine_on_native_code_packs_weights_when_it_loads_and_when_it_reload
         return tiny.write_tokenizer(folder)
 
     def load(folder: Path) -> loading.LoadedEngine:
-        return load_engine(from_tree(tiny.config_tree(folder, **{"model.dtype": "bfloat16"})))
+        model = {"model.dtype": "bfloat16", "model.quantization": quantization}
+        return load_engine(from_tree(tiny.config_tree(folder, **model)))
 
     served, other = load(write("served", 0)), load(write("other", 1))
     assert (served.attention, served.products) == ("cpu", "cpu")
     kernel = "embed.weight" if is_tied else "lm_head.kernel"
-    assert served.runner.weights[kernel].shape == (17, 32, 16, 2)
+    packed = (17, 16, 16, 4) if quantization == "int8" else (17, 32, 16, 2)
+    assert served.runner.weights[kernel].shape == packed
+    assert (f"{kernel}_scale" in served.runner.weights) == (quantization == "int8")
     assert read_again(served) is None
     write("served", 1)
     ready = read_again(served)
     assert ready is not None
     assert ready.fingerprint == other.weights_fingerprint
+    assert ready.limits.fingerprint == other.limits.fingerprint
     assert ready.weights.keys() == served.runner.weights.keys()
     for name, array in ready.weights.items():
         np.testing.assert_array_equal(

@@ -17,10 +17,11 @@ from rich.console import Console
 from safetensors import safe_open
 
 from engine import memory_plan
-from engine.config import Architecture, Config, ConfigError
+from engine.config import Architecture, Config, ConfigError, ModelConfig
 from engine.config_file import from_tree, load
-from engine.memory_plan import kv_bytes_per_token, num_parameters, plan, weights
+from engine.memory_plan import kv_bytes_per_token, num_parameters, plan
 from engine.plan_tables import render
+from engine.plan_weights import weights
 from tests.architectures import CONFIGS, LLAMA_8B, LLAMA_70B, QWEN3_8B, SMOLLM2_135M
 
 GIB = 2**30
@@ -142,7 +143,7 @@ def test_a_vocabulary_that_does_not_divide_is_counted_with_its_padding() -> None
         rope_theta=1e4,
     )
     embedding = weights(odd)[0]
-    assert embedding.parameters_per_chip(4) == 26 * 8
+    assert embedding.bytes_per_chip(ModelConfig(source="x"), 4) == 2 * 26 * 8
 
 
 def test_the_sampler_s_state_has_a_sink_and_is_whole_on_every_chip() -> None:

@@ -16,9 +16,18 @@ from flax import nnx
 from jax.sharding import NamedSharding
 
 from engine import memory_plan
-from engine.config import Architecture, AttentionConfig, Backend, CacheDtype, Config, MeshConfig
+from engine.config import (
+    Architecture,
+    AttentionConfig,
+    Backend,
+    CacheDtype,
+    Config,
+    MeshConfig,
+    Quantization,
+)
 from engine.config_file import from_tree
 from engine.model import decoder, sampler
+from engine.model.products import Products
 from engine.runtime import mesh as engine_mesh
 from engine.weights import with_kv_copies
 from pallas_kernels.paged_attention import head_width, kv_pool_shape
@@ -57,16 +66,22 @@ def held(arch: Architecture, tensor: int) -> Architecture:
     return with_kv_copies(arch, memory_plan.kv_copies(arch, tensor))
 
 
+@pytest.mark.parametrize("quantization", ["none", "int8"])
 @pytest.mark.parametrize(("arch", "tensor"), MODELS.values(), ids=MODELS)
-def test_a_chip_s_weights_are_those_the_mesh_places_on_it(arch: Architecture, tensor: int) -> None:
+def test_a_chip_s_weights_are_those_the_mesh_places_on_it(
+    arch: Architecture, tensor: int, quantization: Quantization
+) -> None:
     mesh = engine_mesh.make_mesh(MeshConfig(tensor=tensor), arch)
-    model = decoder.abstract_decoder(held(arch, tensor), jnp.bfloat16)
+    products = Products("xla", quantization)
+    model = decoder.abstract_decoder(held(arch, tensor), jnp.bfloat16, products)
     placed = engine_mesh.weight_shardings(model, mesh)
     on_a_chip = 0
     for weight in placed.values():
         assert isinstance(weight.sharding, NamedSharding)
         on_a_chip += math.prod(weight.sharding.shard_shape(weight.shape)) * weight.dtype.itemsize
-    made = memory_plan.plan(config_of(tensor, num_blocks=8), arch)
+    config = config_of(tensor, num_blocks=8)
+    model_config = dataclasses.replace(config.model, quantization=quantization)
+    made = memory_plan.plan(dataclasses.replace(config, model=model_config), arch)
     assert made.weight_bytes_per_chip == on_a_chip
     whole = decoder.abstract_decoder(arch, jnp.bfloat16)
     shapes = [weight.shape for _, weight in nnx.to_flat_state(nnx.state(whole, decoder.Weight))]

@@ -104,7 +104,8 @@ def step_of(
     with jax.sharding.use_abstract_mesh(mesh.abstract_mesh):  # names the kernels' target
         check_attention(config, arch, resolved, devices[0])
     arch = with_kv_copies(arch, kv_copies(arch, tensor))
-    products = Products(resolve_products(config, arch, devices[0]).backend)
+    multiplied = resolve_products(config, arch, devices[0]).backend
+    products = Products(multiplied, config.model.quantization)
     model = abstract_decoder(arch, jnp.dtype(config.model.dtype), products)
     kv_scales = None
     if config.cache.scales or config.cache_dtype == "int8":

@@ -9,7 +9,6 @@ Suffixes name dimensions (legend in engine/types.py): ``x_TD`` is [T, D].
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
 import jax
@@ -19,31 +18,19 @@ from flax import nnx
 
 from engine.config import Architecture
 from engine.model.attention import Attention, Ragged
-from engine.model.products import BY_XLA, Norm, Products, rms_norm
+from engine.model.products import (
+    BY_XLA,
+    Linear,
+    Norm,
+    Products,
+    Stacked,
+    Weight,
+    held,
+    rms_norm,
+)
 
 # A weight's logical axes; runtime/mesh.py says which mesh axis each is split over.
 LAYERS, VOCAB, EMBED, HEADS, KV_HEADS, FFN = "layers", "vocab", "embed", "heads", "kv_heads", "ffn"
-
-
-class Weight(nnx.Param):
-    """A parameter that knows its logical axes (`axes`, one name or None a dimension)."""
-
-
-class Stacked(Weight):
-    """One that products take with all layers, as a slice would be a copy for native code: matrices,
-    held as their backend wants them, and the norms before them."""
-
-
-class Linear(nnx.Module):
-    """The weights of x @ kernel (+ bias); the kernel is [in, out], of layers [L, in, out]."""
-
-    def __init__(self, rngs, shape, axes, dtype, *, use_bias: bool = False):
-        # Random at the scale that keeps activations near one.
-        scale = jnp.asarray(1.0 / math.sqrt(shape[-2]), dtype)
-        self.kernel = Stacked(jax.random.normal(rngs.params(), shape, dtype) * scale, axes=axes)
-        bias_shape = (*shape[:-2], shape[-1])
-        bias_axes = (*axes[:-2], axes[-1])
-        self.bias = Weight(jnp.zeros(bias_shape, dtype), axes=bias_axes) if use_bias else None
 
 
 class RMSNorm(nnx.Module):
@@ -64,12 +51,12 @@ class RMSNorm(nnx.Module):
 class Embed(nnx.Module):
     """Token embeddings, [V, D]; also the output projection where the two are tied."""
 
-    def __init__(self, rngs, arch: Architecture, dtype):
+    def __init__(self, rngs, arch: Architecture, dtype, products: Products):
         shape = (arch.vocab_size, arch.hidden_size)
-        self.weight = Weight(
-            jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(0.02, dtype),
-            axes=(VOCAB, EMBED),
-        )
+        table = jax.random.normal(rngs.params(), shape, dtype) * jnp.asarray(0.02, dtype)
+        weight, scales = products.hold(table, axis=-1) if arch.tie_embeddings else (table, None)
+        self.weight = Weight(weight, axes=(VOCAB, EMBED))
+        self.weight_scale = None if scales is None else Weight(scales, axes=(VOCAB,))
 
 
 class DecoderLayer(nnx.Module):
@@ -84,7 +71,8 @@ class DecoderLayer(nnx.Module):
 
         def linear(rows, columns, row_axis, column_axis, use_bias=False):
             axes = (LAYERS, row_axis, column_axis)
-            return Linear(rngs, (layers, rows, columns), axes, dtype, use_bias=use_bias)
+            shape = (layers, rows, columns)
+            return Linear(rngs, shape, axes, dtype, products, use_bias=use_bias)
 
         def norm(size, axis, kind):
             return RMSNorm((layers, size), (LAYERS, axis), dtype, arch.rms_norm_eps, kind)
@@ -108,15 +96,14 @@ class DecoderLayer(nnx.Module):
         q_TNH, k_TKH = apply_rope(q_TNH, rope), apply_rope(k_TKH, rope)
         out_TNH, kv_pool = attend(q_TNH, k_TKH, v_TKH, kv_pool)
         out_TNH = out_TNH.reshape(len(x_TD), -1)
-        (x_TD,) = self.products(out_TNH, [self.o_proj.kernel[...]], layer, add_MN=x_TD)
-        feed_forward = (self.gate_proj, self.up_proj, self.down_proj)
-        stacks = [linear.kernel[...] for linear in feed_forward]
+        (x_TD,) = self.products(out_TNH, [self.o_proj.matrix], layer, add_MN=x_TD)
+        stacks = [linear.matrix for linear in (self.gate_proj, self.up_proj, self.down_proj)]
         return self.products.feed_forward(x_TD, self.mlp_norm.of_layers, *stacks, layer), kv_pool
 
     def _project(self, x_TD, layer):
         """Queries, keys and values, biases added, by head."""
         linears = self.q_proj, self.k_proj, self.v_proj
-        stacks = [linear.kernel[...] for linear in linears]
+        stacks = [linear.matrix for linear in linears]
         results = self.products(x_TD, stacks, layer, norm=self.attn_norm.of_layers)
         for y, linear in zip(results, linears, strict=True):
             biased = y if linear.bias is None else y + jnp.expand_dims(linear.bias[...], 0)
@@ -129,11 +116,12 @@ class Decoder(nnx.Module):
     def __init__(self, arch: Architecture, dtype: Any, rngs: nnx.Rngs, products: Products = BY_XLA):
         self.arch = arch
         self.products = products
-        self.embed = Embed(rngs, arch, dtype)
+        self.embed = Embed(rngs, arch, dtype, products)
         self.layers = DecoderLayer(rngs, arch, dtype, products)
         self.final_norm = RMSNorm((arch.hidden_size,), (EMBED,), dtype, arch.rms_norm_eps)
         shape = (arch.hidden_size, arch.vocab_size)
-        self.lm_head = None if arch.tie_embeddings else Linear(rngs, shape, (EMBED, VOCAB), dtype)
+        axes = (EMBED, VOCAB)
+        self.lm_head = None if arch.tie_embeddings else Linear(rngs, shape, axes, dtype, products)
 
     def __call__(
         self,
@@ -188,7 +176,7 @@ class Decoder(nnx.Module):
 
         # The sum of all layers is float32 whatever the weights are: rounding it to bfloat16
         # sixty times would be most of the error, and it is small beside everything else.
-        table = self.embed.weight[...]  # packed for products where it is tied
+        table = held(self.embed.weight, self.embed.weight_scale)  # packed where it is tied
         x_TD = self.products.embed(table, token_ids) if self.lm_head is None else table[token_ids]
         x_TD = x_TD.astype(jnp.float32)
         indices = jnp.arange(arch.num_layers, dtype=jnp.int32)
@@ -198,8 +186,10 @@ class Decoder(nnx.Module):
 
     def logits(self, x_SD: jax.Array) -> tuple[jax.Array, jax.Array]:
         """Scores over the vocabulary, float32[S, V], and the best token of each row, int32[S]."""
-        weights = self.embed.weight if self.lm_head is None else self.lm_head.kernel
-        return self.products.scores(x_SD, weights[...], is_table=self.lm_head is None)
+        if self.lm_head is not None:
+            return self.products.scores(x_SD, self.lm_head.matrix, is_table=False)
+        table = held(self.embed.weight, self.embed.weight_scale)
+        return self.products.scores(x_SD, table, is_table=True)
 
 
 def abstract_decoder(arch: Architecture, dtype: Any, products: Products = BY_XLA) -> Decoder:

@@ -19,8 +19,10 @@ from engine.weights.checkpoint import (
     Index,
     WeightsError,
     is_stacked,
+    is_stored_transposed,
     native_shapes,
 )
+from engine.weights.quantise import SCALE, QuantisedMatrix, Read
 
 if TYPE_CHECKING:
     import jax
@@ -45,7 +47,9 @@ def load_params(
       checkpoint: from `open_checkpoint`.
       abstract: native name -> global shape, dtype (float32 or bfloat16, for instance) and
         sharding; a sharding of None is the default device. Must have the names of
-        `native_shapes(checkpoint.architecture)`, no more and no fewer.
+        `native_shapes(checkpoint.architecture)`, no more and no fewer; but a matrix in int8 has
+        its scales beside it, float32 for each of its columns (a table's rows), under its name
+        and "_scale".
       progress: called after each parameter with the bytes loaded and the bytes in all, both
         in the wanted dtypes and over all shards.
       kv_copies: how often each KV head stands in `abstract`, one copy beside the other, so
@@ -53,7 +57,7 @@ def load_params(
 
     Returns:
       The same names with arrays. Values are cast from what the file holds to the wanted dtype
-      directly, rounding to nearest even.
+      directly, rounding to nearest even, or to int8 by `quantise`.
 
     Raises:
       WeightsError: names or shapes differ from the checkpoint's, or a file can't be read.
@@ -66,8 +70,9 @@ def load_params(
     total = sum(num_bytes(wanted) for wanted in abstract.values())
     params: dict[str, jax.Array] = {}
     done = 0
+    source = Source(checkpoint.read, checkpoint.architecture, abstract, kv_copies)
     for name, wanted in abstract.items():
-        params[name] = _load_one(checkpoint, name, wanted, kv_copies)
+        params[name] = source.load(name)
         done += num_bytes(wanted)
         if progress is not None:
             progress(done, total)
@@ -80,6 +85,9 @@ def check_abstract(
     """Raise WeightsError unless names and shapes are those of the checkpoint."""
     file = f"{checkpoint.format} checkpoint"
     shapes = native_shapes(with_kv_copies(checkpoint.architecture, kv_copies))
+    for name in [name for name in shapes if name in abstract and is_int8(abstract[name])]:
+        axis = len(shapes[name]) - 2 + summed_axis(name)
+        shapes[name + SCALE] = shapes[name][:axis] + shapes[name][axis + 1 :]
     if missing := sorted(abstract.keys() - shapes.keys()):
         raise WeightsError(
             file,
@@ -169,31 +177,85 @@ def placement(wanted: jax.ShapeDtypeStruct) -> jax.sharding.Sharding:
     return wanted.sharding or jax.sharding.SingleDeviceSharding(jax.devices()[0])
 
 
-def _load_one(
-    checkpoint: Checkpoint, name: str, wanted: jax.ShapeDtypeStruct, kv_copies: int
-) -> jax.Array:
-    dtype = np.dtype(wanted.dtype)
-    return from_shards(wanted, lambda index: _read_shard(checkpoint, name, index, dtype, kv_copies))
+def is_int8(wanted: jax.ShapeDtypeStruct) -> bool:
+    """Whether a parameter is to be quantised."""
+    return np.dtype(wanted.dtype) == np.int8
 
 
-def _read_shard(
-    checkpoint: Checkpoint, name: str, index: Index, dtype: np.dtype, kv_copies: int
-) -> np.ndarray:
-    """Read and cast the part of a parameter that one device holds."""
-    head_dim = checkpoint.architecture.head_dim
+def summed_axis(name: str) -> int:
+    """Which of a matrix's two axes products sum over: kernels are [in, out], the table [V, D]."""
+    return 0 if is_stored_transposed(name) else 1
 
-    def read(layer: int | None, part: Index) -> np.ndarray:
-        if repeats_heads(name, kv_copies):
-            values = read_repeated(
-                lambda stored: checkpoint.read(name, layer, stored), part, head_dim, kv_copies
-            )
+
+class Source:
+    """What parameters are read from, shard by shard, as they are wanted.
+
+    Args:
+      read: as `Checkpoint.read`.
+      architecture: the checkpoint's own.
+      abstract, kv_copies: see `load_params`.
+    """
+
+    def __init__(
+        self,
+        read: Callable[[str, int | None, Index], np.ndarray],
+        architecture: Architecture,
+        abstract: Mapping[str, jax.ShapeDtypeStruct],
+        kv_copies: int,
+    ):
+        self._read = read
+        self._architecture = architecture
+        self._abstract = abstract
+        self._kv_copies = kv_copies
+        self._quantised: dict[str, QuantisedMatrix] = {}
+
+    def load(self, name: str) -> jax.Array:
+        """One parameter in its place."""
+        wanted = self._abstract[name]
+        matrix = name.removesuffix(SCALE)
+        read: Read
+        if matrix in self._abstract and is_int8(self._abstract[matrix]):
+            quantised = self._matrix(matrix)
+            read = quantised.values if matrix == name else quantised.scales
         else:
-            values = checkpoint.read(name, layer, part)
-        with np.errstate(all="ignore"):  # a value too large for bfloat16 becomes infinite
-            # Kept in the file's order: transposing is cheaper after the cast has halved it.
-            return values.astype(dtype, order="K", copy=False)
+            read = self._cast(name, np.dtype(wanted.dtype))
+        stacked = is_stacked(name)
+        return from_shards(wanted, lambda index: _read_shard(read, index, stacked, wanted.dtype))
 
-    if not is_stacked(name):
+    def _matrix(self, name: str) -> QuantisedMatrix:
+        if name not in self._quantised:
+            axis = summed_axis(name)
+            depth = self._abstract[name].shape[axis - 2]
+            self._quantised[name] = QuantisedMatrix(self._stored(name), depth, axis)
+        return self._quantised[name]
+
+    def _stored(self, name: str) -> Read:
+        """A parameter as the file holds it, KV heads as often as they are wanted."""
+        head_dim, copies = self._architecture.head_dim, self._kv_copies
+
+        def read(layer: int | None, part: Index) -> np.ndarray:
+            if not repeats_heads(name, copies):
+                return self._read(name, layer, part)
+            return read_repeated(
+                lambda stored: self._read(name, layer, stored), part, head_dim, copies
+            )
+
+        return read
+
+    def _cast(self, name: str, dtype: np.dtype) -> Read:
+        stored = self._stored(name)
+
+        def read(layer: int | None, part: Index) -> np.ndarray:
+            with np.errstate(all="ignore"):  # a value too large for bfloat16 becomes infinite
+                # Kept in the file's order: transposing is cheaper after the cast has halved it.
+                return stored(layer, part).astype(dtype, order="K", copy=False)
+
+        return read
+
+
+def _read_shard(read: Read, index: Index, stacked: bool, dtype: np.dtype) -> np.ndarray:
+    """The part of a parameter that one device holds."""
+    if not stacked:
         return np.ascontiguousarray(read(None, index))
     layers, *rest = index
     out = np.empty([part.stop - part.start for part in index], dtype)

@@ -30,13 +30,14 @@ from engine.weights.checkpoint import (
 from engine.weights.hf_config import read_json, read_token_ids
 from engine.weights.load import (
     Progress,
+    Source,
     check_abstract,
-    from_shards,
+    is_int8,
     num_bytes,
     placement,
-    read_repeated,
     repeats_heads,
 )
+from engine.weights.quantise import SCALE
 
 if TYPE_CHECKING:
     import jax
@@ -77,12 +78,7 @@ class NativeCheckpoint:
 
         The whole stacked parameter is restored for it; `restore` is the way to load a model.
         """
-        stored = self._stored
-        import jax
-
-        shape, dtype = stored[name].shape, stored[name].dtype
-        wanted = {name: jax.ShapeDtypeStruct(shape, dtype, sharding=self._on_host())}
-        values = np.asarray(self._load(wanted)[name])
+        values = self._on_host(name)
         values = values[layer] if is_stacked(name) else values
         return values if index is None else values[index]
 
@@ -92,7 +88,10 @@ class NativeCheckpoint:
         progress: Progress | None = None,
         kv_copies: int = 1,
     ) -> dict[str, jax.Array]:
-        """Restore all parameters in the wanted shardings and dtypes; see `load_params`."""
+        """Restore all parameters in the wanted shardings and dtypes; see `load_params`.
+
+        What is more than cast comes into this process's memory first, one parameter at a time.
+        """
         check_abstract(self, abstract, kv_copies)
         import jax
 
@@ -100,28 +99,31 @@ class NativeCheckpoint:
         if progress is not None:
             progress(0, total)
         shapes = native_shapes(self.architecture)
+        made_on_host = [
+            name for name in shapes if repeats_heads(name, kv_copies) or is_int8(abstract[name])
+        ]
         placed = {
             name: jax.ShapeDtypeStruct(
-                shapes[name],
-                wanted.dtype,
-                # Heads are repeated on the host, where there is room, and placed from there.
-                sharding=self._on_host() if repeats_heads(name, kv_copies) else placement(wanted),
+                shape, abstract[name].dtype, sharding=placement(abstract[name])
             )
-            for name, wanted in abstract.items()
+            for name, shape in shapes.items()
+            if name not in made_on_host
         }
         params = self._load(placed)
-        for name in filter(lambda name: repeats_heads(name, kv_copies), abstract):
-            stored = np.asarray(params[name])
-            read = functools.partial(
-                read_repeated,
-                stored.__getitem__,
-                head_dim=self.architecture.head_dim,
-                copies=kv_copies,
-            )
-            params[name] = from_shards(abstract[name], read)
+        stored: dict[str, np.ndarray] = {}
+
+        def read(name: str, layer: int | None, part: Index) -> np.ndarray:
+            return stored[name][part if layer is None else (layer, *part)]
+
+        source = Source(read, self.architecture, abstract, kv_copies)
+        for name in made_on_host:
+            stored = {name: self._on_host(name)}
+            params[name] = source.load(name)
+            if is_int8(abstract[name]):
+                params[name + SCALE] = source.load(name + SCALE)
         if progress is not None:
             progress(total, total)
-        return params
+        return {name: params[name] for name in abstract}
 
     @functools.cached_property
     def _stored(self) -> Mapping[str, Any]:
@@ -153,18 +155,22 @@ class NativeCheckpoint:
                 )
         return stored
 
-    def _on_host(self) -> jax.sharding.Sharding:
-        """This process's memory, which jax knows as a device of its own."""
+    def _on_host(self, name: str) -> np.ndarray:
+        """A whole parameter as it is stored, in this process's memory, which jax knows as a device
+        of its own."""
         import jax
 
         try:
-            return jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
+            host = jax.sharding.SingleDeviceSharding(jax.local_devices(backend="cpu")[0])
         except RuntimeError as error:  # JAX_PLATFORMS leaves the CPU out
             raise WeightsError(
                 self.path / PARAMS,
                 "has to be read into this machine's own memory first, which jax can't use here "
                 f"({error}); add cpu to JAX_PLATFORMS, such as tpu,cpu",
             ) from None
+        stored = self._stored[name]
+        wanted = {name: jax.ShapeDtypeStruct(stored.shape, stored.dtype, sharding=host)}
+        return np.asarray(self._load(wanted)[name])
 
     def _load(self, wanted: Mapping[str, jax.ShapeDtypeStruct]) -> dict[str, jax.Array]:
         ocp = _orbax()

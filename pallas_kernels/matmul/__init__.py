@@ -4,7 +4,7 @@
 and after a product, which costs as much as a product of a row where it is a call of its own.
 Backends: ``reference`` (the oracle, in float32), ``xla`` (any device) and ``cpu`` (native code,
 bfloat16, for x86-64: weights packed once, no thread pool but XLA's). ``pack`` gives weights the
-layout that a backend wants.
+layout that a backend wants. With any of them, weights may be ``Quantised``, in int8.
 
 Shapes: M rows, K depth, N columns, L layers of a stack.
 """
@@ -19,17 +19,20 @@ import jax
 import jax.numpy as jnp
 
 from pallas_kernels import native
+from pallas_kernels.matmul.int8 import MAX_DEPTH, Quantised, quantise
 from pallas_kernels.matmul.norm import Norm, rms_norm
 
 __all__ = [
     "Backend",
     "Norm",
+    "Quantised",
     "Resolved",
     "embed",
     "feed_forward",
     "matmul",
     "pack",
     "pack_table",
+    "quantise",
     "resolve_backend",
     "rms_norm",
     "scores",
@@ -55,6 +58,7 @@ def resolve_backend(
     *,
     num_devices: int = 1,
     dtype: str = "bfloat16",
+    in_int8: bool = False,
     shapes: Sequence[tuple[int, int]] = (),
 ) -> Resolved:
     """The backend that `name` means for a model on a device.
@@ -63,12 +67,20 @@ def resolve_backend(
       name: a backend, or "auto": cpu where it runs, or else xla.
       platform: as `jax.default_backend()` says it: "cpu", "gpu" or "tpu".
       num_devices: that the weights are split over.
-      dtype: of the weights.
+      dtype: of the model.
+      in_int8: whether its matrices are `Quantised`.
       shapes: (K, N) of every matrix.
 
     Raises:
-      ValueError: the backend does not exist or can't run there. Nothing falls back in silence.
+      ValueError: the backend does not exist or can't run there, or none can. Nothing falls back in
+        silence.
     """
+    deepest = max((depth for depth, _ in shapes), default=0)
+    if in_int8 and deepest > MAX_DEPTH:
+        raise ValueError(
+            f"a matrix has {deepest} rows, but of more than {MAX_DEPTH} in int8 a sum may not fit "
+            "int32; leave the weights as they are"
+        )
     if name not in ("auto", *get_args(Backend)):
         raise ValueError(
             f"matmul backend {name!r} is not one of auto, {', '.join(get_args(Backend))}"
@@ -80,7 +92,7 @@ def resolve_backend(
     elif num_devices > 1:
         refusal = f"weights are split over {num_devices} devices"
     else:
-        refusal = _module("cpu").unsupported(dtype, shapes)
+        refusal = _module("cpu").unsupported(dtype, in_int8, shapes)
     if refusal is None:
         return Resolved("cpu", native.instructions())
     if name == "auto":
@@ -91,7 +103,10 @@ def resolve_backend(
 
 
 def pack(matrices: jax.Array, backend: Backend) -> jax.Array:
-    """Matrices [..., K, N] as a backend wants them; `matmul` takes stacks of the result."""
+    """Matrices [..., K, N] as a backend wants them; `matmul` takes stacks of the result.
+
+    Of `Quantised` ones the values are packed; their scales stay as they are.
+    """
     return _module(backend).pack(matrices)
 
 
@@ -100,18 +115,18 @@ def pack_table(table_VD: jax.Array, backend: Backend) -> jax.Array:
     return _module(backend).pack_table(table_VD)
 
 
-def embed(table: jax.Array, token_ids: jax.Array, backend: Backend) -> jax.Array:
-    """Rows of a packed table, [T, D]."""
+def embed(table: jax.Array | Quantised, token_ids: jax.Array, backend: Backend) -> jax.Array:
+    """Rows of a packed table, [T, D]; in float32 if it is `Quantised`."""
     return _module(backend).embed(table, token_ids)
 
 
 def scores(
-    x_MD: jax.Array, weights: jax.Array, backend: Backend, *, is_table: bool
+    x_MD: jax.Array, weights: jax.Array | Quantised, backend: Backend, *, is_table: bool
 ) -> tuple[jax.Array, jax.Array]:
     """Scores of all tokens, and each row's best token.
 
     Args:
-      x_MD: in the weights' dtype.
+      x_MD: in the weights' dtype, beside int8 in the model's.
       weights: from `pack_table`, or else a matrix [D, V] from `pack`.
       backend: from `resolve_backend`.
       is_table: which of the two.
@@ -124,7 +139,7 @@ def scores(
 
 def matmul(
     x_MK: jax.Array,
-    stacks: Sequence[jax.Array],
+    stacks: Sequence[jax.Array | Quantised],
     layer: jax.Array | int,
     *,
     backend: Backend,
@@ -132,12 +147,12 @@ def matmul(
     norm: Norm | None = None,
     add_MN: jax.Array | None = None,
 ) -> tuple[jax.Array, ...]:
-    """x @ stack[layer] for each of several stacks, summed in float32.
+    """x @ stack[layer] for each of several stacks, summed in float32, or of int8 in int32.
 
     Products of one x go in one call, which has more to share among threads.
 
     Args:
-      x_MK: in the weights' dtype; float32 where its norm is multiplied.
+      x_MK: in the weights' dtype, beside int8 in the model's; float32 where its norm is multiplied.
       stacks: [L, …], each matrix from `pack` by the same backend; K is that of x.
       layer: int32[], which of each stack.
       backend: from `resolve_backend`.
@@ -161,9 +176,9 @@ def matmul(
 def feed_forward(
     x_MD: jax.Array,
     norm: Norm,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    gate: jax.Array | Quantised,
+    up: jax.Array | Quantised,
+    down: jax.Array | Quantised,
     layer: jax.Array | int,
     *,
     backend: Backend,

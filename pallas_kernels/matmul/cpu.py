@@ -1,10 +1,10 @@
-"""Native products for CPUs, in bfloat16.
+"""Native products for CPUs, in bfloat16 and int8.
 
 XLA's own products for the CPU pack the weights anew at every call. Here they are packed once, when
-they are loaded: [L, N / 16, K / 2, 16, 2], in which 64 bytes are 16 columns by a pair of rows, as
-AMX and AVX512-BF16 take them. A stack stays whole, and the call is told which layer: a slice would
-be a copy. Sums go in one order whatever the number of rows, so that a row's result does not depend
-on what else is in the batch.
+they are loaded: bfloat16 as [L, N / 16, K / 2, 16, 2], in which 64 bytes are 16 columns by a pair
+of rows, as AMX and AVX512-BF16 take them, and int8, by four rows, as [L, N / 16, K / 4, 16, 4]. A
+stack stays whole, and the call is told which layer: a slice would be a copy. Sums go in one order
+whatever the number of rows, so that a row's result does not depend on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -17,29 +17,33 @@ import jax.numpy as jnp
 import numpy as np
 
 from pallas_kernels import native
+from pallas_kernels.matmul.int8 import Quantised
 from pallas_kernels.matmul.norm import Norm
 
 COLUMNS = 16  # of a block
 BLOCKS_OF_SCORES = 16  # that a thread computes at a time
-DEPTH = 32  # K is a multiple of what a tile of AMX takes
+WORD = 4  # bytes: entries of a row that are multiplied at once
+DEPTH = 16 * WORD  # bytes: K is a multiple of what a tile of AMX takes
 
 
-def unsupported(dtype: str, shapes: Sequence[tuple[int, int]]) -> str | None:
+def unsupported(dtype: str, in_int8: bool, shapes: Sequence[tuple[int, int]]) -> str | None:
     """Why matrices of these (K, N) can't be multiplied by native code here, or None."""
     if reason := native.unavailable():
         return reason
     if dtype != "bfloat16":
-        return f"native products are for bfloat16 weights, not for {dtype}"
+        return f"native products are for models in bfloat16, not in {dtype}"
+    multiple = DEPTH // (1 if in_int8 else 2)
     for depth, width in shapes:
-        if depth % DEPTH or width % COLUMNS:
-            return f"a matrix is {depth} by {width}, not multiples of {DEPTH} and {COLUMNS}"
+        if depth % multiple or width % COLUMNS:
+            return f"a matrix is {depth} by {width}, not multiples of {multiple} and {COLUMNS}"
     return None
 
 
 def pack(matrices: jax.Array) -> jax.Array:
     """See `pallas_kernels.matmul.pack`."""
     *stacked, depth, width = matrices.shape
-    blocks = matrices.reshape(*stacked, depth // 2, 2, width // COLUMNS, COLUMNS)
+    entries = WORD // matrices.dtype.itemsize
+    blocks = matrices.reshape(*stacked, depth // entries, entries, width // COLUMNS, COLUMNS)
     return jnp.moveaxis(blocks, (-2, -4, -1, -3), (-4, -3, -2, -1))
 
 
@@ -48,21 +52,25 @@ def pack_table(table: jax.Array) -> jax.Array:
     return pack(table.T)
 
 
-def embed(table: jax.Array, token_ids: jax.Array) -> jax.Array:
+def embed(table: jax.Array | Quantised, token_ids: jax.Array) -> jax.Array:
     """See `pallas_kernels.matmul.embed`."""
-    pairs = table[token_ids // COLUMNS, :, token_ids % COLUMNS]
-    return pairs.reshape(len(token_ids), -1)
+    if isinstance(table, Quantised):
+        rows = embed(table.values, token_ids).astype(jnp.float32)
+        return rows * table.scales[token_ids][:, None]
+    words = table[token_ids // COLUMNS, :, token_ids % COLUMNS]
+    return words.reshape(len(token_ids), -1)
 
 
 def scores(
     x: jax.Array,
-    weights: jax.Array,
+    weights: jax.Array | Quantised,
     is_table: bool,
     instructions: str = native.INSTRUCTIONS[-1],
 ) -> tuple[jax.Array, jax.Array]:
     """See `pallas_kernels.matmul.scores`; `instructions` are the most that it may use."""
     del is_table  # both are packed alike
-    rows, blocks = x.shape[0], weights.shape[0]
+    stack = jax.tree.map(lambda part: part[None], weights)
+    rows, blocks = x.shape[0], _width(stack) // COLUMNS
     chunks = -(-blocks // BLOCKS_OF_SCORES)
     results = [
         jax.ShapeDtypeStruct((rows, blocks * COLUMNS), jnp.float32),
@@ -71,13 +79,13 @@ def scores(
         jax.ShapeDtypeStruct((chunks, rows), jnp.int32),
     ]
     call = _call("octavo_scores", results)
-    logits, best, *_ = call(x, weights[None], most=_most(instructions))
+    logits, best, *_ = call(x, *_arrays(stack), most=_most(instructions))
     return logits, best
 
 
 def matmul(
     x: jax.Array,
-    stacks: Sequence[jax.Array],
+    stacks: Sequence[jax.Array | Quantised],
     layer: jax.Array,
     dtype: jnp.dtype,
     norm: Norm | None = None,
@@ -88,7 +96,7 @@ def matmul(
     """See `pallas_kernels.matmul.matmul`; `instructions` are the most that it may use."""
     rows = x.shape[0]
     normed = jax.ShapeDtypeStruct((0,) if norm is None else x.shape, jnp.bfloat16)
-    results = [jax.ShapeDtypeStruct((rows, stack.shape[1] * COLUMNS), dtype) for stack in stacks]
+    results = [jax.ShapeDtypeStruct((rows, _width(stack)), dtype) for stack in stacks]
     call = _call("octavo_matmul", [normed, *results])
     scales = jnp.zeros(0, jnp.bfloat16) if norm is None else norm.scales_LD
     _, *products = call(
@@ -96,7 +104,7 @@ def matmul(
         layer,
         scales,
         jnp.zeros(0, jnp.float32) if add is None else add,
-        *stacks,
+        *_arrays(*stacks),
         epsilon=np.float32(0.0 if norm is None else norm.epsilon),
         most=_most(instructions),
     )
@@ -106,9 +114,9 @@ def matmul(
 def feed_forward(
     x: jax.Array,
     norm: Norm,
-    gate: jax.Array,
-    up: jax.Array,
-    down: jax.Array,
+    gate: jax.Array | Quantised,
+    up: jax.Array | Quantised,
+    down: jax.Array | Quantised,
     layer: jax.Array,
     *,
     instructions: str = native.INSTRUCTIONS[-1],
@@ -118,11 +126,24 @@ def feed_forward(
     results = [
         jax.ShapeDtypeStruct(x.shape, jnp.float32),
         jax.ShapeDtypeStruct((rows, width), jnp.bfloat16),  # its norm
-        jax.ShapeDtypeStruct((rows, gate.shape[1] * COLUMNS), jnp.bfloat16),
+        jax.ShapeDtypeStruct((rows, _width(gate)), jnp.bfloat16),
     ]
     call = _call("octavo_feed_forward", results)
     epsilon, most = np.float32(norm.epsilon), _most(instructions)
-    return call(x, layer, norm.scales_LD, gate, up, down, epsilon=epsilon, most=most)[0]
+    stacks = _arrays(gate, up, down)
+    return call(x, layer, norm.scales_LD, *stacks, epsilon=epsilon, most=most)[0]
+
+
+def _width(stack: jax.Array | Quantised) -> int:
+    """Columns of a packed stack's matrices."""
+    return jax.tree.leaves(stack)[0].shape[1] * COLUMNS
+
+
+def _arrays(*stacks: jax.Array | Quantised) -> list[jax.Array]:
+    """Each stack and its scales, which are empty if it has none."""
+    none = jnp.zeros(0, jnp.float32)
+    pairs = [stack if isinstance(stack, Quantised) else (stack, none) for stack in stacks]
+    return [array for pair in pairs for array in pair]
 
 
 def _call(target: str, results: Sequence[jax.ShapeDtypeStruct]) -> Any:

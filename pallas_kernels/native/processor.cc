@@ -15,9 +15,9 @@ namespace {
 // The system keeps a process's tiles only if it asks; it may be told no, such as in an emulator.
 bool HasAmx() {
 #if defined(__linux__)
-  constexpr unsigned kBf16 = 1u << 22, kTile = 1u << 24;
+  constexpr unsigned kNeeded = 1u << 22 | 1u << 24 | 1u << 25;  // for bfloat16, tiles, int8
   unsigned a, b, c, d;
-  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & (kBf16 | kTile)) != (kBf16 | kTile)) {
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d) || (d & kNeeded) != kNeeded) {
     return false;
   }
   constexpr long kRequestPermission = 0x1023, kTileData = 18;  // arch_prctl(2)
@@ -37,6 +37,7 @@ Instructions Find() {
   const bool has_avx512 = __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                           __builtin_cpu_supports("avx512dq") &&
                           __builtin_cpu_supports("avx512vl") &&
+                          __builtin_cpu_supports("avx512vnni") &&
                           __builtin_cpu_supports("avx512bf16");
   if (!has_avx512) return Instructions::kAvx2;
   return HasAmx() ? Instructions::kAmx : Instructions::kAvx512;

@@ -265,7 +265,7 @@ def test_native_code_runs_where_it_is_asked_for() -> None:
     [
         ({"platform": "tpu"}, "the device is a tpu"),
         ({"num_devices": 2}, "split over 2 devices"),
-        pytest.param({"dtype": "float32"}, "bfloat16 weights", marks=needs_native),
+        pytest.param({"dtype": "float32"}, "models in bfloat16", marks=needs_native),
         pytest.param({"shapes": [(64, 32), (60, 32)]}, "60 by 32", marks=needs_native),
         pytest.param({"shapes": [(64, 24)]}, "64 by 24", marks=needs_native),
     ],

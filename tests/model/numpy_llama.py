@@ -29,17 +29,21 @@ def round_bfloat16(array: np.ndarray) -> np.ndarray:
     return array.astype(ml_dtypes.bfloat16).astype(np.float32)
 
 
+Product = Callable[[np.ndarray, np.ndarray], np.ndarray]
+
+
 def forward(
     arch: Architecture,
     params: Mapping[str, np.ndarray],
     token_ids: np.ndarray,
     rounded: Rounding = exact,
     held: Holding = lambda layer, kind, x: x,
+    product: Product = np.matmul,
 ) -> np.ndarray:
     """Logits float32[positions, V] of one sequence, for Llama without rope scaling.
 
     `params` are native parameters, rounded already. Attention reads keys and values as `held`
-    gives them back.
+    gives them back. `product` is of rows with a matrix of weights.
     """
     length, group = len(token_ids), arch.num_heads // arch.num_kv_heads
     half = arch.head_dim // 2
@@ -60,7 +64,7 @@ def forward(
     for layer in range(arch.num_layers):
 
         def linear(x: np.ndarray, name: str, layer: int = layer) -> np.ndarray:
-            return rounded(x @ params[f"layers.{name}_proj.kernel"][layer])
+            return rounded(product(x, params[f"layers.{name}_proj.kernel"][layer]))
 
         hidden = norm(x, params["layers.attn_norm.scale"][layer])
         q, k, v = (
@@ -81,5 +85,5 @@ def forward(
         x = rounded(x + linear(rounded(gate / (1 + np.exp(-gate)) * up), "down"))
     hidden = norm(x, params["final_norm.scale"])
     if arch.tie_embeddings:
-        return hidden @ params["embed.weight"].T
-    return hidden @ params["lm_head.kernel"]
+        return product(hidden, params["embed.weight"].T)
+    return product(hidden, params["lm_head.kernel"])

@@ -32,7 +32,7 @@ def wide(array: jax.Array) -> np.ndarray:
 
 def test_a_bfloat16_product_is_summed_in_float32_and_rounded_once() -> None:
     size = 1536
-    layer = decoder.Linear(nnx.Rngs(0), (size, 64), ("embed", "ffn"), jnp.bfloat16, use_bias=False)
+    layer = decoder.Linear(nnx.Rngs(0), (size, 64), ("embed", "ffn"), jnp.bfloat16, BY_XLA)
     x = random(32, size)
     exact = wide(x) @ wide(layer.kernel[...])
     magnitude = np.abs(wide(x)) @ np.abs(wide(layer.kernel[...]))

@@ -17,10 +17,12 @@ constexpr int64_t kBlocks = 4;  // of columns, which kernels take at once
 
 int64_t Parts(int64_t count, int64_t size) { return (count + size - 1) / size; }
 
-// hidden and normed are there for the call alone.
+// hidden and normed are there for the call alone. Each stack is followed by its columns' scales, which
+// are empty unless it is in int8, as all three are or none.
 ffi::Error FeedForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::S32> layer,
-                       ffi::AnyBuffer scales, ffi::AnyBuffer gate, ffi::AnyBuffer up,
-                       ffi::AnyBuffer down, ffi::Result<ffi::AnyBuffer> out,
+                       ffi::AnyBuffer scales, ffi::AnyBuffer gate, ffi::AnyBuffer gate_scales,
+                       ffi::AnyBuffer up, ffi::AnyBuffer up_scales, ffi::AnyBuffer down,
+                       ffi::AnyBuffer down_scales, ffi::Result<ffi::AnyBuffer> out,
                        ffi::Result<ffi::AnyBuffer> normed, ffi::Result<ffi::AnyBuffer> hidden,
                        float epsilon, int32_t most) {
   const Kernel& kernel = KernelFor(most);
@@ -30,38 +32,45 @@ ffi::Error FeedForward(ffi::ThreadPool pool, ffi::AnyBuffer x, ffi::Buffer<ffi::
   if (const char* wrong = Find(x, scales, index, epsilon, *normed, &norm)) return Refuse(wrong);
   const int64_t rows = norm.rows, width = norm.width;
   Layer of_gate{}, of_up{}, of_down{};
-  for (const auto& [stack, found] : {std::pair{gate, &of_gate}, std::pair{up, &of_up}}) {
-    if (const char* wrong = Find(stack, index, width, found)) return Refuse(wrong);
-  }
+  if (const char* wrong = Find(gate, gate_scales, index, width, &of_gate)) return Refuse(wrong);
+  if (const char* wrong = Find(up, up_scales, index, width, &of_up)) return Refuse(wrong);
   const int64_t ffn = of_gate.blocks * kColumns;
-  if (const char* wrong = Find(down, index, ffn, &of_down)) return Refuse(wrong);
+  if (const char* wrong = Find(down, down_scales, index, ffn, &of_down)) return Refuse(wrong);
   if (of_up.blocks != of_gate.blocks || of_down.blocks * kColumns != width) {
     return Refuse("gate and up must be [width, ffn], and down [ffn, width]");
+  }
+  const bool is_int8 = of_gate.scales != nullptr;
+  if (is_int8 != (of_up.scales != nullptr) || is_int8 != (of_down.scales != nullptr)) {
+    return Refuse("all stacks must be of one dtype");
   }
   if (!IsMatrix(*out, ffi::F32, rows, width) || !IsMatrix(*hidden, ffi::BF16, rows, ffn)) {
     return Refuse("the result must be float32 and shaped as x, and hidden bfloat16 [rows, ffn]");
   }
   auto* between = static_cast<uint16_t*>(hidden->untyped_data());
-  const Product of_down_whole = {between, of_down.w, out->untyped_data(), norm.x,
-                                 rows, ffn, of_down.blocks, width, true};
+  Rows of_x(norm.y, rows, width, is_int8, &norm), of_hidden(between, rows, ffn, is_int8, nullptr);
+  const Product gate_and_up[2] = {of_x.With(of_gate, between, nullptr, false),
+                                  of_x.With(of_up, between, nullptr, false)};
+  const Product of_down_whole = of_hidden.With(of_down, out->untyped_data(), norm.x, true);
 
   // Chunks of rows follow each other with the same columns, whose weights are still at hand.
   const int64_t row_chunks = Parts(rows, kRows);
-  const std::array<int64_t, 3> counts = {norm.Count(), row_chunks * Parts(of_gate.blocks, kBlocks),
+  const std::array<int64_t, 4> counts = {of_x.Count(), row_chunks * Parts(of_gate.blocks, kBlocks),
+                                         of_hidden.Count(),
                                          row_chunks * Parts(of_down.blocks, kBlocks)};
   ParallelPhases(pool, counts[1], counts, [&](size_t phase, int64_t i) {
-    if (phase == 0) return norm.Compute(kernel, i);
+    if (phase == 0) return of_x.Compute(kernel, i);
+    if (phase == 2) return of_hidden.Compute(kernel, i);
     const int64_t row = i % row_chunks * kRows, block = i / row_chunks * kBlocks;
     const int64_t last_row = std::min(row + kRows, rows);
-    if (phase == 2) {
-      return kernel.multiply(Part(of_down_whole, row, last_row, block, block + kBlocks));
+    if (phase == 3) {
+      return Run(kernel, Part(of_down_whole, row, last_row, block, block + kBlocks));
     }
     alignas(64) float sums[2][kRows * kBlocks * kColumns];
     const int64_t blocks = std::min(kBlocks, of_gate.blocks - block), columns = blocks * kColumns;
     for (int which = 0; which < 2; ++which) {
-      const uint16_t* w = (which ? of_up : of_gate).w + block * kColumns * width;
-      kernel.multiply({norm.y + row * width, w, sums[which], nullptr, last_row - row, width, blocks,
-                       columns, true});
+      Product part = Part(gate_and_up[which], row, last_row, block, block + blocks);
+      part.y = sums[which], part.stride = columns, part.is_float32 = true;
+      Run(kernel, part);
     }
     for (int64_t m = 0; m < last_row - row; ++m) {
       kernel.activate(sums[0] + m * columns, sums[1] + m * columns, columns,
@@ -81,6 +90,9 @@ XLA_FFI_DEFINE_HANDLER_SYMBOL(OctavoFeedForward, octavo::FeedForward,
                                   .Ctx<xla::ffi::ThreadPool>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::Buffer<xla::ffi::S32>>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
+                                  .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
                                   .Arg<xla::ffi::AnyBuffer>()
