@@ -33,7 +33,7 @@ from engine.core.limits import Limits
 from engine.memory_plan import config_blocks, host_blocks, kv_copies
 from engine.model.attention import Attention
 from engine.model.decoder import Decoder, abstract_decoder
-from engine.model.products import Products
+from engine.model.products import Products, Resolved
 from engine.model.sampler import MAX_STOP_IDS
 from engine.runtime import compiles
 from engine.runtime.disk_tier import DiskTier
@@ -173,7 +173,7 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
         name=_name(config),
         architecture=arch,
         attention=describe(resolved, config.attention.backend),
-        products=describe(multiplied, config.matmul.backend),
+        products=_described(multiplied, config),
         tokenizer=tokenizer,
         eos_token_ids=eos_token_ids,
         weights_fingerprint=fingerprint,
@@ -184,6 +184,12 @@ def load_engine(config: Config, progress: Progress | None = None) -> LoadedEngin
         start_up=start_up,
         disk=disk,
     )
+
+
+def _described(multiplied: Resolved, config: Config) -> str:
+    """The products' kernels, and what they multiply with if that isn't of the model's dtype."""
+    name, held = describe(multiplied, config.matmul.backend), config.weight_dtype
+    return name if held == config.model.dtype else f"{name}, with weights in {held}"
 
 
 def abstract_step(

@@ -21,7 +21,7 @@ from pallas_kernels.matmul.int8 import Quantised
 from pallas_kernels.matmul.norm import Norm
 
 COLUMNS = 16  # of a block
-BLOCKS_OF_SCORES = 16  # that a thread computes at a time
+BLOCKS_OF_SCORES = 16  # that a thread computes at a time, as in scores.cc
 WORD = 4  # bytes: entries of a row that are multiplied at once
 DEPTH = 16 * WORD  # bytes: K is a multiple of what a tile of AMX takes
 

@@ -2,6 +2,7 @@
 // read again, a step's scores come from memory.
 
 #include <cstdint>
+#include <cstring>
 
 #include "call.h"
 #include "export.h"
@@ -11,11 +12,17 @@ namespace octavo {
 namespace {
 
 // The table is followed by its columns' scales, which are empty unless it is in int8.
-// highest and indices, [chunks, rows], are there for the call alone; they say how many chunks.
+// What a thread computes at a time. The scores of a row lie a multiple of some large power of two after
+// the row before, so that all rows would fight for the same few places of a cache: they are computed
+// close together, and copied.
+constexpr int64_t kBlocks = 16;
+constexpr int64_t kRows = 64;
+
+// highest and indices, [chunks, rows], are there for the call alone.
 ffi::Error Score(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::AnyBuffer table,
-                 ffi::AnyBuffer of_columns, ffi::Result<ffi::AnyBuffer> scores, ffi::Result<ffi::Buffer<ffi::S32>> best,
-                 ffi::Result<ffi::AnyBuffer> highest, ffi::Result<ffi::AnyBuffer> indices,
-                 int32_t most) {
+                 ffi::AnyBuffer of_columns, ffi::Result<ffi::AnyBuffer> scores,
+                 ffi::Result<ffi::Buffer<ffi::S32>> best, ffi::Result<ffi::AnyBuffer> highest,
+                 ffi::Result<ffi::AnyBuffer> indices, int32_t most) {
   const Kernel& kernel = KernelFor(most);
   const auto shape = x.dimensions();
   if (shape.size() != 2) return Refuse("x must be a matrix");
@@ -26,14 +33,11 @@ ffi::Error Score(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::AnyBuffer 
   if (!IsMatrix(*scores, ffi::F32, rows, columns) || columns > INT32_MAX) {
     return Refuse("the scores must be float32[rows, columns]");
   }
-  const auto of_parts = highest->dimensions();
-  const int64_t chunks = of_parts.size() ? of_parts[0] : 0;
-  if (chunks < 1 || chunks > matrix.blocks || !IsMatrix(*highest, ffi::F32, chunks, rows) ||
-      !IsMatrix(*indices, ffi::S32, chunks, rows) ||
+  const int64_t chunks = (matrix.blocks + kBlocks - 1) / kBlocks;
+  if (!IsMatrix(*highest, ffi::F32, chunks, rows) || !IsMatrix(*indices, ffi::S32, chunks, rows) ||
       best->element_count() != static_cast<size_t>(rows)) {
-    return Refuse("the best must be int32[rows], and parts of it [chunks, rows]");
+    return Refuse("the best must be int32[rows], and parts of it [chunks of 16 blocks, rows]");
   }
-  const int64_t blocks = (matrix.blocks + chunks - 1) / chunks;
   auto* to = static_cast<float*>(scores->untyped_data());
   auto* values = static_cast<float*>(highest->untyped_data());
   auto* places = static_cast<int32_t*>(indices->untyped_data());
@@ -41,13 +45,22 @@ ffi::Error Score(ffi::ThreadPool pool, ffi::Buffer<ffi::BF16> x, ffi::AnyBuffer 
               matrix.scales != nullptr, nullptr);
   const Product whole = x_rows.With(matrix, to, nullptr, true);
   const auto of_chunk = [&](int64_t chunk) {
-    const int64_t first = chunk * blocks, last = std::min(first + blocks, matrix.blocks);
-    if (first < last) Run(kernel, Part(whole, 0, rows, first, last));
-    for (int64_t row = 0; row < rows; ++row) {
-      const int64_t count = std::max<int64_t>(last - first, 0) * kColumns;
-      const Best found = kernel.best(to + row * columns + first * kColumns, count);
-      values[chunk * rows + row] = found.score;
-      places[chunk * rows + row] = static_cast<int32_t>(first * kColumns) + found.index;
+    const int64_t first = chunk * kBlocks, column = first * kColumns;
+    const int64_t width = std::min(kBlocks * kColumns, columns - column);
+    alignas(64) float close[kRows * kBlocks * kColumns];
+    for (int64_t row = 0; row < rows; row += kRows) {
+      const int64_t last = std::min(row + kRows, rows);
+      Product part = Part(whole, row, last, first, first + kBlocks);
+      part.y = close;
+      part.stride = width;
+      Run(kernel, part);
+      for (int64_t m = row; m < last; ++m) {
+        const float* of_row = close + (m - row) * width;
+        const Best found = kernel.best(of_row, width);
+        values[chunk * rows + m] = found.score;
+        places[chunk * rows + m] = static_cast<int32_t>(column) + found.index;
+        memcpy(to + m * columns + column, of_row, static_cast<size_t>(width) * sizeof(float));
+      }
     }
   };
   const auto of_rows = [&] {
