@@ -51,6 +51,7 @@ SOURCES: dict[Path, Sequence[str]] = {
     MATMUL / "scores.cc": (),
     MATMUL / "portable.cc": (),
     ATTENTION / "attention.cc": (),
+    ATTENTION / "rotate.cc": (),
     ATTENTION / "portable.cc": (),
     MATMUL / "avx2.cc": AVX2,
     ATTENTION / "avx2.cc": AVX2,

@@ -16,6 +16,7 @@ from pallas_kernels import paged_attention as pa
 from pallas_kernels.paged_attention import (
     Ragged,
     Resolved,
+    Rope,
     Shape,
     check_supported,
     kv_pool_dtype,
@@ -27,6 +28,7 @@ __all__ = [
     "Attention",
     "Ragged",
     "Resolved",
+    "Rope",
     "Shape",
     "check_supported",
     "kv_pool_dtype",
@@ -65,6 +67,7 @@ class Attention:
         first_block: jax.Array,
         scale: float,
         *,
+        rope: Rope | None = None,
         window: jax.Array | int | None = None,
         softcap: float | None = None,
         sinks_N: jax.Array | None = None,
@@ -88,6 +91,7 @@ class Attention:
 
         arrays = {
             "first_block": first_block,
+            "rope": rope,
             "window": window,
             "sinks_N": sinks_N,
             "kv_scales_2K": kv_scales_2K,
@@ -96,6 +100,7 @@ class Attention:
             heads = P(None, TENSOR)  # the second axis of q, k, v, of the pool and of its scales
             specs = {
                 "first_block": P(),
+                "rope": P(),
                 "window": P(),
                 "sinks_N": P(TENSOR),
                 "kv_scales_2K": heads,

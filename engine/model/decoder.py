@@ -17,7 +17,7 @@ import numpy as np
 from flax import nnx
 
 from engine.config import Architecture
-from engine.model.attention import Attention, Ragged
+from engine.model.attention import Attention, Ragged, Rope
 from engine.model.products import (
     BY_XLA,
     Linear,
@@ -89,11 +89,10 @@ class DecoderLayer(nnx.Module):
         self.up_proj = linear(width, ffn, EMBED, FFN)
         self.down_proj = linear(ffn, width, FFN, EMBED)
 
-    def __call__(self, x_TD, kv_pool, layer, rope, attend):
+    def __call__(self, x_TD, kv_pool, layer, attend):
         q_TNH, k_TKH, v_TKH = self._project(x_TD, layer)
         if self.q_norm is not None and self.k_norm is not None:
             q_TNH, k_TKH = self.q_norm(q_TNH), self.k_norm(k_TKH)
-        q_TNH, k_TKH = apply_rope(q_TNH, rope), apply_rope(k_TKH, rope)
         out_TNH, kv_pool = attend(q_TNH, k_TKH, v_TKH, kv_pool)
         out_TNH = out_TNH.reshape(len(x_TD), -1)
         (x_TD,) = self.products(out_TNH, [self.o_proj.matrix], layer, add_MN=x_TD)
@@ -169,10 +168,11 @@ class Decoder(nnx.Module):
                     work,
                     first_block=index * num_blocks,
                     scale=arch.head_dim**-0.5,
+                    rope=rope,
                     kv_scales_2K=kv_scales_2K,
                 )
 
-            return module(x_TD, pool, index, rope, attend), None
+            return module(x_TD, pool, index, attend), None
 
         # The sum of all layers is float32 whatever the weights are: rounding it to bfloat16
         # sixty times would be most of the error, and it is small beside everything else.
@@ -214,18 +214,9 @@ def rope_frequencies(arch: Architecture) -> np.ndarray:
     return (frequency * blend + frequency / scaling.factor * (1 - blend)).astype(np.float32)
 
 
-def rope_angles(positions: jax.Array, arch: Architecture) -> tuple[jax.Array, jax.Array]:
-    """Cosine for each token, float32[T, 1, 1, H / 2], and sine of either half's sign, with a 2."""
+def rope_angles(positions: jax.Array, arch: Architecture) -> Rope:
+    """Of each token, for `Attention`."""
     frequency = jnp.asarray(rope_frequencies(arch))
-    angles = positions.astype(jnp.float32)[:, None, None, None] * frequency[None, None, None]
+    angles = positions.astype(jnp.float32)[:, None] * frequency[None]
     sin = jnp.sin(angles)
-    return jnp.cos(angles), jnp.concatenate([-sin, sin], axis=2)
-
-
-def apply_rope(x: jax.Array, rope: tuple[jax.Array, jax.Array]) -> jax.Array:
-    """Rotate the pairs (i, i + H/2) of each head of x [T, heads, H], in float32."""
-    cos, sin = rope
-    halves = x.astype(jnp.float32).reshape(*x.shape[:-1], 2, -1)
-    # Nothing is put together again, which would be three more operations a layer.
-    rotated = halves * cos + halves[..., ::-1, :] * sin
-    return rotated.astype(x.dtype).reshape(x.shape)
+    return Rope(jnp.cos(angles), jnp.concatenate([-sin, sin], axis=1))

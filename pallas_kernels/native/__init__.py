@@ -23,6 +23,7 @@ TARGETS = {
     "octavo_attention": "OctavoAttention",
     "octavo_feed_forward": "OctavoFeedForward",
     "octavo_matmul": "OctavoMatmul",
+    "octavo_rotate": "OctavoRotate",
     "octavo_scores": "OctavoScores",
     "octavo_zeros": "OctavoZeros",
 }

@@ -35,12 +35,14 @@ from pallas_kernels.paged_attention.layout import (
     kv_pool_shape,
     not_hopper,
 )
+from pallas_kernels.paged_attention.rotary import Rope, rotate
 
 __all__ = [
     "CACHE_DTYPES",
     "Backend",
     "Ragged",
     "Resolved",
+    "Rope",
     "Shape",
     "check_supported",
     "head_width",
@@ -50,6 +52,7 @@ __all__ = [
     "prepare",
     "quantise",
     "resolve_backend",
+    "rotate",
 ]
 
 DTYPES = ("float32", "bfloat16")  # of queries and output
@@ -151,6 +154,7 @@ def paged_attention(
     first_block: jax.Array,
     scale: float,
     backend: Backend,
+    rope: Rope | None = None,
     window: jax.Array | int | None = None,
     softcap: float | None = None,
     sinks_N: jax.Array | None = None,
@@ -164,14 +168,15 @@ def paged_attention(
     float32.
 
     Args:
-      q_TNH, k_TKH, v_TKH: of this step's tokens, rotary positions applied. N is a multiple of
-        K: query heads n * N/K … share KV head n.
+      q_TNH, k_TKH, v_TKH: of this step's tokens. N is a multiple of K: query heads n * N/K … share
+        KV head n.
       kv_pool: `kv_pool_shape` and `kv_pool_dtype` for this backend and one of CACHE_DTYPES;
         donate it.
       work: from `prepare`, by the same backend.
       first_block: int32[], the layer's first entry in the pool.
       scale: factor of the scores, usually H ** -0.5. There is no default.
       backend: from `resolve_backend`.
+      rope: turns queries and keys before all else. None: they are as they should be.
       window: positions that a token sees, its own included, at least 1 (Mistral 7B, Jiang et
         al., 2023). An int32[] array may differ from layer to layer of a scan. None: no limit.
       softcap: scores become softcap * tanh(scores / softcap), after the scale (Gemma 2, 2024).
@@ -202,13 +207,13 @@ def paged_attention(
         )
     head_dim, width = q_TNH.shape[-1], kv_pool.shape[3] // 2
     k_scales, v_scales = (None, None) if kv_scales_2K is None else kv_scales_2K
-    kv_new = jnp.concatenate(
-        (
-            _pad(quantise(k_TKH, cache_dtype, k_scales), width),
-            _pad(quantise(v_TKH, cache_dtype, v_scales), width),
-        ),
-        axis=-1,
-    )
+    if rope is not None and backend == "cpu" and cache_dtype == k_TKH.dtype:
+        q_TNH, kv_new = _module("cpu").rotate(q_TNH, k_TKH, v_TKH, rope, instructions)
+    else:
+        if rope is not None:
+            q_TNH, k_TKH = rotate(q_TNH, rope), rotate(k_TKH, rope)
+        halves = (quantise(k_TKH, cache_dtype, k_scales), quantise(v_TKH, cache_dtype, v_scales))
+        kv_new = jnp.concatenate([_pad(half, width) for half in halves], axis=-1)
     if kv_new.dtype != kv_pool.dtype:
         kv_new = jax.lax.bitcast_convert_type(kv_new, kv_pool.dtype)
     options = Options(

@@ -16,6 +16,7 @@ import numpy as np
 
 from pallas_kernels import native
 from pallas_kernels.paged_attention.layout import Options, Ragged, Shape
+from pallas_kernels.paged_attention.rotary import Rope
 
 MAX_HEAD_DIM = 256
 _NO_WINDOW = np.int32(np.iinfo(np.int32).max)
@@ -54,7 +55,6 @@ def attend(
     A block, a position or a row that is out of range fails the program, before anything is written.
     """
     native.load()
-    instructions = options.instructions or native.INSTRUCTIONS[-1]
     ragged = work.ragged
     window = _NO_WINDOW if options.window is None else options.window
     nothing = jnp.zeros(0, jnp.float32)
@@ -74,6 +74,24 @@ def attend(
         *(nothing if value is None else value for value in floats),
         scale=np.float32(options.scale),
         softcap=np.float32(options.softcap or 0.0),
-        most=np.int32(native.INSTRUCTIONS.index(instructions)),
+        most=_most(options.instructions),
     )
     return out, kv_pool
+
+
+def rotate(
+    q: jax.Array, k: jax.Array, v: jax.Array, rope: Rope, instructions: str | None
+) -> tuple[jax.Array, jax.Array]:
+    """Queries turned, and turned keys beside values as the pool holds them, [T, K, 2H]; see
+    `pallas_kernels.paged_attention.rotate`."""
+    native.load()
+    tokens, kv_heads, head_dim = k.shape
+    results = [
+        jax.ShapeDtypeStruct(q.shape, q.dtype),
+        jax.ShapeDtypeStruct((tokens, kv_heads, 2 * head_dim), k.dtype),
+    ]
+    return jax.ffi.ffi_call("octavo_rotate", results)(q, k, v, *rope, most=_most(instructions))
+
+
+def _most(instructions: str | None) -> np.int32:
+    return np.int32(native.INSTRUCTIONS.index(instructions or native.INSTRUCTIONS[-1]))

@@ -16,6 +16,7 @@ from engine.config import Architecture, RopeScaling
 from engine.model import decoder
 from engine.model.attention import Attention, Ragged
 from engine.model.products import BY_XLA, Products
+from pallas_kernels.paged_attention import rotate
 from tests.architectures import LLAMA_8B, SMOLLM2_135M
 from tests.paged_attention.oracle import NATIVE
 
@@ -63,7 +64,7 @@ def test_rotary_positions_turn_pairs_half_a_head_apart(arch: Architecture, dtype
     first, second = wide(x)[..., :half], wide(x)[..., half:]
     turned = (first + 1j * second) * np.exp(1j * angles)
     exact = np.concatenate((turned.real, turned.imag), axis=-1)
-    y = decoder.apply_rope(x, decoder.rope_angles(jnp.asarray(positions), arch))
+    y = rotate(x, decoder.rope_angles(jnp.asarray(positions), arch))
     assert y.dtype == dtype
     size = np.tile(np.abs(turned), 2)
     unit = U16 if dtype == jnp.bfloat16 else U32

@@ -1,4 +1,6 @@
 // For any processor.
 #define ATTEND AttendPortable
 #define MERGE MergePortable
+#define ROTATE RotatePortable
 #include "attend.inc"
+#include "rotate.inc"
