@@ -90,7 +90,9 @@ def rotate(
         jax.ShapeDtypeStruct(q.shape, q.dtype),
         jax.ShapeDtypeStruct((tokens, kv_heads, 2 * head_dim), k.dtype),
     ]
-    return jax.ffi.ffi_call("octavo_rotate", results)(q, k, v, *rope, most=_most(instructions))
+    call = jax.ffi.ffi_call("octavo_rotate", results)
+    turned, entries = call(q, k, v, *rope, most=_most(instructions))
+    return turned, entries
 
 
 def _most(instructions: str | None) -> np.int32:

@@ -42,8 +42,8 @@ def test_pairs_half_a_head_apart_are_turned(
     if backend == "xla":
         turned, keys = (np.asarray(pa.rotate(jnp.asarray(x), rope)) for x in (q, k))
     else:
-        arrays = [jnp.asarray(x) for x in (q, k, v)]
-        turned, entries = map(np.asarray, cpu.rotate(*arrays, rope, backend))
+        found = cpu.rotate(jnp.asarray(q), jnp.asarray(k), jnp.asarray(v), rope, backend)
+        turned, entries = map(np.asarray, found)
         keys = entries[..., :head_dim]
         assert entries.dtype == dtype
         assert entries[..., head_dim:].tobytes() == v.tobytes()
@@ -61,9 +61,9 @@ def test_pairs_half_a_head_apart_are_turned(
 def test_what_does_not_fit_is_refused() -> None:
     q, k = jnp.zeros((3, 4, 16)), jnp.zeros((3, 2, 16))
     rope = pa.Rope(jnp.zeros((3, 8)), jnp.zeros((3, 16)))
-    for arrays in ((q, k, k[:2]), (q, k, k.astype(jnp.bfloat16)), (q[:2], k, k)):
+    for queries, values in ((q, k[:2]), (q, k.astype(jnp.bfloat16)), (q[:2], k)):
         with pytest.raises(Exception, match="must fit the queries"):
-            cpu.rotate(*arrays, rope, None)
+            cpu.rotate(queries, k, values, rope, None)
     with pytest.raises(Exception, match="must fit the queries"):
         cpu.rotate(q, k, k, pa.Rope(rope.cos[:2], rope.sin), None)
 
