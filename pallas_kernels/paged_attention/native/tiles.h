@@ -62,8 +62,8 @@ inline void Transpose(__m512i* rows) {
   }
 }
 
-// Entries that are asked for before their turn comes, a few at each step of other work. A block of a
-// head is about a page, where the processor's own reading ahead ends, and the next lies anywhere.
+// Entries that are asked for before their turn comes, a few at each step of other work. A block of
+// a head is about a page, where the processor's own reading ahead ends, and the next lies anywhere.
 // Asking for all of them at once would only wait for those in front.
 struct Ahead {
   static constexpr int kLines = 4;
