@@ -207,7 +207,7 @@ def paged_attention(
         )
     head_dim, width = q_TNH.shape[-1], kv_pool.shape[3] // 2
     k_scales, v_scales = (None, None) if kv_scales_2K is None else kv_scales_2K
-    if rope is not None and backend == "cpu" and cache_dtype == k_TKH.dtype:
+    if rope is not None and backend == "cpu" and (cache_dtype, width) == (k_TKH.dtype, head_dim):
         q_TNH, kv_new = _module("cpu").rotate(q_TNH, k_TKH, v_TKH, rope, instructions)
     else:
         if rope is not None:

@@ -69,12 +69,17 @@ def test_what_does_not_fit_is_refused() -> None:
 
 
 @pytest.mark.parametrize("backend", ["xla", pytest.param("cpu", marks=needs_native)])
-@pytest.mark.parametrize("cache", ["bfloat16", "int8"])
-def test_attention_turns_queries_and_keys_before_all_else(backend: pa.Backend, cache: str) -> None:
-    """As if they had been turned before, with a cache that holds keys as they are or in 8 bits."""
+@pytest.mark.parametrize(("head_dim", "cache"), [(32, "bfloat16"), (32, "int8"), (8, "bfloat16")])
+def test_attention_turns_queries_and_keys_before_all_else(
+    backend: pa.Backend, head_dim: int, cache: str
+) -> None:
+    """As if they had been turned before, with a cache that holds keys as they are, in 8 bits, or
+    with more room for each than it has."""
     rng = np.random.default_rng(1)
-    q, k, v = (jnp.asarray(rng.normal(size=(3, heads, 32)), jnp.bfloat16) for heads in (4, 2, 2))
-    angles = rng.uniform(-7, 7, (3, 16)).astype(np.float32)
+    q, k, v = (
+        jnp.asarray(rng.normal(size=(3, heads, head_dim)), jnp.bfloat16) for heads in (4, 2, 2)
+    )
+    angles = rng.uniform(-7, 7, (3, head_dim // 2)).astype(np.float32)
     sin = np.sin(angles)
     rope = pa.Rope(jnp.asarray(np.cos(angles)), jnp.asarray(np.concatenate([-sin, sin], axis=1)))
     ragged = pa.Ragged(
@@ -85,7 +90,12 @@ def test_attention_turns_queries_and_keys_before_all_else(backend: pa.Backend, c
         block_tables=jnp.array([[1]], jnp.int32),
     )
     shape = pa.kv_pool_shape(
-        num_layers=1, num_blocks=2, num_kv_heads=2, block_size=16, head_dim=32, backend=backend
+        num_layers=1,
+        num_blocks=2,
+        num_kv_heads=2,
+        block_size=16,
+        head_dim=head_dim,
+        backend=backend,
     )
     scales = jnp.full((2, 2), 0.05, jnp.float32) if cache == "int8" else None
 
