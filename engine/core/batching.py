@@ -6,6 +6,7 @@ The only file that pads. Everything is NumPy; a batch depends on its plan alone.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from typing import Any
 
@@ -40,7 +41,7 @@ class SamplingBatch:
     wants_logprobs: Array  # bool[S]
     constrained: Array  # bool[S]: the row's mask says which tokens can be chosen
     seeds: Array  # uint32[S, 2]: low and high word
-    output_positions: Array  # int32[S]: tokens generated before this one
+    output_positions: Array  # int32[S]: tokens generated before this one, if any row is special
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -122,9 +123,7 @@ def build(plan: StepPlan, buckets: tuple[Bucket, ...], sink_slot: int) -> Batch:
     if logits_of[-1] is not None:  # rows that part from others come last
         sources = [index if of is None else of for index, of in enumerate(logits_of)]
         batch.logits_tokens[:num_rows] = last[sources]
-    batch.sampling.output_positions[:num_rows] = positions
-    _fill_sampling(batch, rows, starts)
-    return batch
+    return _fill_sampling(batch, rows, starts, positions)
 
 
 def empty(bucket: Bucket, sink_slot: int) -> Batch:
@@ -143,7 +142,7 @@ def empty(bucket: Bucket, sink_slot: int) -> Batch:
         prompt_indices=np.zeros(num_tokens, np.int32),
         prompt_targets=np.zeros(num_tokens, np.int32),
         num_prompt_logprobs=np.zeros((), np.int32),
-        sampling=_neutral_sampling(num_seqs),
+        sampling=neutral_sampling(num_seqs),
     )
 
 
@@ -152,7 +151,9 @@ def masks(num_seqs: int, vocab_size: int) -> np.ndarray:
     return np.full((num_seqs, -(-vocab_size // 32)), -1, np.int32)
 
 
-def _fill_sampling(batch: Batch, rows: tuple[PlanRow, ...], starts: np.ndarray) -> None:
+def _fill_sampling(
+    batch: Batch, rows: tuple[PlanRow, ...], starts: np.ndarray, positions: tuple[int, ...]
+) -> Batch:
     """What the rows ask of the sampler; those that need no more than an argmax cost nothing."""
     asking = [index for index, row in enumerate(rows) if row.request.sampler_row is not None]
     for index in asking:
@@ -160,8 +161,10 @@ def _fill_sampling(batch: Batch, rows: tuple[PlanRow, ...], starts: np.ndarray) 
             _add_prompt_targets(batch, rows[index], int(starts[index]))
     special = np.array([index for index in asking if rows[index].samples], np.intp)
     if not special.size:
-        return
-    sampling = batch.sampling
+        return batch
+    fields = dataclasses.fields(SamplingBatch)
+    sampling = SamplingBatch(*(np.array(getattr(batch.sampling, each.name)) for each in fields))
+    sampling.output_positions[: len(rows)] = positions
     sampling.special_rows[: special.size] = special
     sampling.num_special[...] = special.size
     # One array for all rows, then by column: stores of single numbers would cost more.
@@ -178,6 +181,7 @@ def _fill_sampling(batch: Batch, rows: tuple[PlanRow, ...], starts: np.ndarray) 
                 sampling.seeds[special, 1] = values
             case _:
                 getattr(sampling, name)[special] = values
+    return dataclasses.replace(batch, sampling=sampling)
 
 
 def _add_prompt_targets(batch: Batch, row: PlanRow, first_index: int) -> None:
@@ -190,9 +194,10 @@ def _add_prompt_targets(batch: Batch, row: PlanRow, first_index: int) -> None:
     batch.num_prompt_logprobs[...] = stop
 
 
-def _neutral_sampling(num_seqs: int) -> SamplingBatch:
-    """Every row greedy, nothing asked for."""
-    return SamplingBatch(
+@functools.cache
+def neutral_sampling(num_seqs: int) -> SamplingBatch:
+    """Every row greedy, nothing asked for: the same object for all such batches, read-only."""
+    sampling = SamplingBatch(
         special_rows=np.full(num_seqs, num_seqs - 1, np.int32),
         num_special=np.zeros((), np.int32),
         temperature=np.zeros(num_seqs, np.float32),
@@ -209,3 +214,6 @@ def _neutral_sampling(num_seqs: int) -> SamplingBatch:
         seeds=np.zeros((num_seqs, 2), np.uint32),
         output_positions=np.zeros(num_seqs, np.int32),
     )
+    for field in dataclasses.fields(sampling):
+        getattr(sampling, field.name).flags.writeable = False
+    return sampling

@@ -14,7 +14,7 @@ from jax.sharding import Mesh
 
 from engine.config import Architecture
 from engine.core import batching
-from engine.core.batching import Batch
+from engine.core.batching import Batch, SamplingBatch
 from engine.core.buckets import Bucket
 from engine.model import sampler
 from engine.model.attention import Attention
@@ -110,7 +110,7 @@ class Runner:
         self._programs, self._step = programs, programs.step
         self._forward: dict[Bucket, jax.stages.Compiled] = {}
         self._choose: dict[int, jax.stages.Compiled] = {}
-        self._no_masks: dict[int, jax.Array] = {}
+        self._plain: dict[int, tuple[SamplingBatch, jax.Array]] = {}  # nothing asked for, no masks
         self._set_slot = jax.jit(sampler.set_slot, donate_argnums=0, out_shardings=replicated(mesh))
         # Kept, so that a reset after a failure compiles nothing.
         pool = self._step.kv_pool
@@ -150,7 +150,8 @@ class Runner:
         if num_seqs not in self._choose:
             self._choose[num_seqs] = self._programs.choose(num_seqs)
             masks = batching.masks(num_seqs, self.arch.vocab_size)
-            self._no_masks[num_seqs] = jax.device_put(masks, replicated(self.mesh))
+            sampling = jax.device_put(batching.neutral_sampling(num_seqs))
+            self._plain[num_seqs] = sampling, jax.device_put(masks, replicated(self.mesh))
         if bucket not in self._forward:
             self._forward[bucket] = self._programs.forward(bucket)
         return self._forward[bucket]
@@ -198,14 +199,15 @@ class Runner:
         """Have a step's tokens chosen, with its masks as they are now."""
         batch, masks = launched.batch, launched.masks
         num_seqs = batch.slots.size
+        plain, no_masks = self._plain[num_seqs]
         launched.sampled, self._state = self._choose[num_seqs](
             launched.logits,
             launched.best,
             batch.slots,
             batch.samples,
-            batch.sampling,
+            plain if batch.sampling is batching.neutral_sampling(num_seqs) else batch.sampling,
             self._state,
-            self._no_masks[num_seqs] if masks is None else masks,
+            no_masks if masks is None else masks,
         )
         launched.logits = None  # a row takes hundreds of kilobytes
 

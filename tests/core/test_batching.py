@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from engine.config import BucketConfig, SchedulerConfig
-from engine.core.batching import Batch, build, choose_bucket, empty
+from engine.core.batching import Batch, build, choose_bucket, empty, neutral_sampling
 from engine.core.buckets import Bucket, bucket_set
 from engine.sampling import SamplingParams
 from engine.types import PlanRow, Request, StepPlan
@@ -119,6 +119,8 @@ def naive_layout(plan: StepPlan, bucket: Bucket, sink_slot: int) -> dict[str, np
             out["constrained"][index] = sampling.constraint is not None
             high, low = divmod(row.request.seed, 2**32)
             out["seeds"][index] = [low, high]
+    if not special:  # nobody looks at them
+        out["output_positions"] = [0] * num_seqs
     for index in range(len(plan.rows), num_seqs):
         out["query_starts"][index + 1] = at
     for entry, (index, target) in enumerate(prompt_entries):
@@ -256,6 +258,15 @@ def test_a_plain_greedy_row_costs_the_sampler_nothing():
     sampling = build(StepPlan(0, rows), (Bucket(4, 4, 2),), SINK).sampling
     assert int(sampling.num_special) == 1
     assert sampling.special_rows.tolist() == [1, 3, 3, 3]
+
+
+def test_plain_batches_share_what_they_ask_of_the_sampler_and_nobody_can_write_to_it():
+    rows = make_row(3, 1), make_row(3, 1, temperature=0.5), make_row(4, 1, slot=1)
+    batches = [build(StepPlan(0, (row,)), (Bucket(4, 4, 2),), SINK).sampling for row in rows]
+    assert batches[0] is batches[2] is neutral_sampling(4)
+    assert batches[1].num_special == 1
+    for field in dataclasses.fields(batches[0]):
+        assert not getattr(batches[0], field.name).flags.writeable
 
 
 def test_a_row_that_does_not_sample_yet_is_not_special():
